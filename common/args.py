@@ -1,0 +1,241 @@
+"""One parser for all recipes: the flags they share, upstream's spellings, and who overrides whom.
+
+Common default < recipe < variant < what the recipe reads from files < command line. `-` and `_` are alike in flags,
+and a flag nobody knows is an error. A flag's help states its unit; its default is shown for the recipe at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from common.augsub import KINDS
+from common.recipe import Recipe
+
+DIGITS = "DIGITS"
+DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", DIGITS)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that says what is wrong in one sentence, and takes `-` and `_` alike in flags."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(sys.argv[1:] if args is None else args, namespace)
+        for word in unknown:
+            if not word.startswith("--"):
+                continue
+            flag = word.partition("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.7)
+            self.error(f"unknown flag {flag}" + (f": did you mean {close[0]}?" if close else "; --help lists them all"))
+        if unknown:
+            self.error(f"what is {unknown[0]!r}? Values follow a flag, as in --epochs 300; --help lists the flags")
+        return parsed
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = [hyphenated(word) for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(words, namespace)
+
+
+def hyphenated(word: str) -> str:
+    """`--output_dir=a_b` → `--output-dir=a_b`."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings of a run: command line over variant over recipe over common defaults.
+
+    Without `--data-path` and `--data-set` the data set is the embedded digits; on the digits and without a variant,
+    the recipe's settings for them take the variant's place. `args.note` says so.
+
+    Exits with status 2 and one sentence on bad input.
+    """
+    parser = create_parser(recipe)
+    parser.set_defaults(**recipe.defaults)
+    first, _ = parser.parse_known_args(argv)
+    if first.variant is not None:
+        parser.set_defaults(**recipe.variants[first.variant])
+    data_set = first.data_set
+    if data_set is None:
+        data_set = "IMNET" if first.data_path else DIGITS
+    if data_set == DIGITS:
+        if first.variant is not None and first.data_set is None:
+            parser.error(f"--variant {first.variant} trains on ImageNet: --data-path says where it is")
+        if first.variant is None:
+            parser.set_defaults(**recipe.digits)
+    parser.set_defaults(data_set=data_set)
+    try:
+        args = parser.parse_args(argv)
+        check(args)
+        recipe.check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    args.recipe = recipe.name
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses values that no recipe can use, before anything is loaded.
+
+    Raises:
+        ValueError: saying which flag, why, and what would do.
+    """
+    if args.data_set not in DATA_SETS and "/" not in args.data_set:
+        close = difflib.get_close_matches(args.data_set.upper(), DATA_SETS, n=1)
+        raise ValueError(
+            f"unknown data set {args.data_set!r}"
+            + (f": did you mean {close[0]}?" if close else f": use {', '.join(DATA_SETS)} or a timm name such as wds/…")
+        )
+    if args.data_set != DIGITS and not args.data_path and not args.data_set.startswith("hf"):
+        raise ValueError(f"--data-set {args.data_set} needs --data-path, the folder that holds it")
+    at_least = {"batch_size": 1, "epochs": 1, "accum_iter": 1, "log_interval": 1, "input_size": 1, "num_workers": 0}
+    for name, least in at_least.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{hyphenated('--' + name)[2:]} {getattr(args, name)}: at least {least} is needed")
+    for name in ("augsub_ratio", "drop", "drop_path"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is outside [0, 1)")
+    for name in ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "hflip", "vflip"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is outside [0, 1]")
+    if mixup_active(args) and args.batch_size % 2:
+        raise ValueError(f"--batch-size {args.batch_size}: mixup pairs images, so it must be even")
+    if not 0 < args.eval_crop_ratio <= 1:
+        raise ValueError(f"--eval-crop-ratio {args.eval_crop_ratio} is outside (0, 1]")
+    if args.sched == "plateau":
+        raise ValueError("--sched plateau depends on past results, not on the epoch alone: choose another schedule")
+
+
+def mixup_active(args: argparse.Namespace) -> bool:
+    """Whether images are mixed, by mixup or CutMix."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def create_parser(recipe: Recipe) -> Parser:
+    """The parser with the flags of all recipes, and the recipe's own."""
+    parser = Parser(description=recipe.about)
+    switch = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--variant", choices=recipe.variants, help="a row of the paper's tables; other flags override its settings")
+    add("--batch-size", type=int, default=64, help="images per process and micro-batch")
+    add("--epochs", type=int, default=300)
+    add("--accum-iter", "--accumulation-steps", type=int, default=1, help="micro-batches per optimizer step")
+    add("--output-dir", "--output", default="", help="folder for checkpoints and logs; empty saves nothing")
+    add("--resume", default="", help="checkpoint to continue from; by default the one in the output folder")
+    add("--start-epoch", type=int, default=0, help="epoch to start at, where --resume does not say")
+    add("--eval", action="store_true", help="evaluate and leave")
+    add("--dist-eval", action=switch, default=False, help="kept for upstream's sake: evaluation is always shared out "
+        "over the processes, each image counted once")  # fmt: skip
+    add("--seed", type=int, default=0)
+    add("--device", default=None, help="cuda or cpu; the GPU where there is one")
+    add("--amp", choices=("bf16", "fp16", "off"), default=None, help="autocast; bf16 where the hardware has it")
+    add("--compile", action=switch, default=False, help="torch.compile the model")
+    add("--channels-last", action=switch, default=False, help="memory format of images and convolutions")
+    add("--log-interval", type=int, default=50, help="optimizer steps between log lines")
+
+    group = parser.add_argument_group("AugSub")
+    add = group.add_argument
+    add("--augsub", choices=KINDS, default="none", help="drop technique of the sub-model; none is the plain recipe")
+    add("--augsub-ratio", type=float, default=0.5, help="drop probability of the sub-model, in [0, 1)")
+
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", default="", help="a timm model name")
+    add("--input-size", "--img-size", type=int, default=224, help="side of the images, in pixels")
+    add("--drop", type=float, default=0.0, help="dropout rate")
+    add("--drop-path", type=float, default=0.1, help="stochastic depth rate")
+    add("--finetune", "--pretrained", default="", help="checkpoint whose weights to start from")
+    add("--model-ema", action=switch, default=False, help="keep an average of the weights and evaluate it too")
+    add("--model-ema-decay", type=float, default=0.99996)
+    add("--model-ema-force-cpu", action=switch, default=False, help="keep the average in host memory, unevaluated")
+
+    group = parser.add_argument_group("optimizer")
+    add = group.add_argument
+    add("--opt", default="adamw", help="a timm optimizer; fusedlamb is apex's if installed, else timm's LAMB")
+    add("--opt-eps", type=float, default=1e-8)
+    add("--opt-betas", type=float, nargs="+", default=None)
+    add("--momentum", type=float, default=0.9)
+    add("--weight-decay", type=float, default=0.05)
+    add("--clip-grad", type=float, default=None, help="global gradient norm to clip at")
+
+    group = parser.add_argument_group("schedule")
+    add = group.add_argument
+    add("--lr", type=float, default=5e-4, help="learning rate")
+    add("--sched", default="cosine", help="a timm schedule")
+    add("--warmup-lr", type=float, default=1e-6)
+    add("--min-lr", type=float, default=1e-5)
+    add("--warmup-epochs", type=int, default=5)
+    add("--cooldown-epochs", type=int, default=0)
+    add("--decay-epochs", type=float, default=30)
+    add("--decay-rate", type=float, default=0.1)
+    add("--patience-epochs", type=int, default=10)
+    add(
+        "--lr-noise", type=float, nargs="+", default=None, help="share of the schedule at which noise starts (and ends)"
+    )
+    add("--lr-noise-pct", type=float, default=0.67)
+    add("--lr-noise-std", type=float, default=1.0)
+
+    group = parser.add_argument_group("loss")
+    add = group.add_argument
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add("--bce-loss", action=switch, default=False, help="binary cross-entropy, mean over classes")
+    add("--bce-target-thresh", type=float, default=None, help="targets above it become 1, in the main model's loss")
+
+    group = parser.add_argument_group("augmentation")
+    add = group.add_argument
+    add("--scale", type=float, nargs=2, default=(0.08, 1.0), help="area of the random crop, as shares of the image")
+    add("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="aspect ratio of the random crop")
+    add("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
+    add("--vflip", type=float, default=0.0, help="probability of a vertical flip")
+    add("--color-jitter", type=float, default=None)
+    add("--aa", type=none_or_str, default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy, or none")
+    add("--train-interpolation", default="bicubic", help="random, bilinear, bicubic")
+    add("--repeated-aug", action=switch, default=False, help="each image three times an epoch, a third of them")
+    add("--reprob", type=float, default=0.25, help="probability of random erasing")
+    add("--remode", default="pixel", help="random erasing: const, rand or pixel")
+    add("--recount", type=int, default=1, help="random erasing: most regions an image")
+    add("--resplit", action=switch, default=False, help="upstream's flag: no erasing in a first, clean split, of which "
+        "there is none here")  # fmt: skip
+    add("--mixup", type=float, default=0.0, help="mixup alpha")
+    add("--cutmix", type=float, default=0.0, help="CutMix alpha")
+    add("--cutmix-minmax", type=float, nargs="+", default=None, help="CutMix box side, least and most")
+    add("--mixup-prob", type=float, default=1.0, help="share of batches that are mixed")
+    add(
+        "--mixup-switch-prob", type=float, default=0.5, help="share of mixed batches that get CutMix, where both are on"
+    )
+    add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch")
+
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data-path", "--data-dir", default=None, help="folder with train/ and val/, or the data set's own layout")
+    add("--data-set", default=None, help=f"{', '.join(DATA_SETS)}, or a timm name: wds/…, hfds/…, tfds/…")
+    add("--nb-classes", "--num-classes", type=int, default=None, help="classes, where the data set does not say")
+    add("--train-split", default="train", help="split of a timm data set to train on")
+    add("--val-split", default="validation", help="split of a timm data set to evaluate on")
+    add("--inat-category", default="name", help="level of iNaturalist's taxonomy",
+        choices=("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"))  # fmt: skip
+    add("--eval-crop-ratio", "--crop-pct", type=float, default=0.875, help="share of the resized image that is kept")
+    add("--num-workers", "--workers", type=int, default=10, help="data-loading processes of each process")
+    add("--pin-mem", action=switch, default=True, help="page-locked host memory for transfers to the GPU")
+
+    recipe.add_flags(parser)
+    return parser
+
+
+def none_or_str(value: str) -> str | None:
+    """None for "none" and for the empty string."""
+    return None if value.lower() in ("", "none") else value

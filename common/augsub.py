@@ -1,0 +1,223 @@
+"""AugSub: a model learns together with a sub-model, its own weights with one drop technique switched on.
+
+Heo, Kim, Yun and Han, "Augmenting Sub-model to Improve Main Model", arXiv 2306.11339 ("MaskSub", CVPR 2025).
+With f the main model, f_p the sub-model at drop probability p, l the recipe's training loss and s the function that
+turns logits into l's targets (softmax, or sigmoid where l is a binary cross-entropy), a batch (x, y) costs
+
+    1/2 l(f(x), y)  +  1/2 l(f_p(x), stop_gradient(s(f(x))))
+
+    augsub = AugSub(model, "masking", ratio=0.5)     # before the optimizer, DDP and compile
+    for x, y in loader:
+        for loss in augsub.losses(model, x, y, criterion):
+            loss.backward()
+        optimizer.step(); optimizer.zero_grad()
+
+The drops are AugMask ("masking"), AugDrop ("dropout") and AugPath ("droppath"). Degenerate cases: at p = 0 the
+sub-model is the main model; kind "none" is the plain loss l(f(x), y). This file and `common.masking` need torch and
+timm only.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from common.masking import PixelMask, TokenMask, patch_embedding
+
+KINDS = ("none", "masking", "dropout", "droppath")
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class AugSub:
+    """The sub-model of a timm model, and the two losses of a step.
+
+    Args:
+        model: the bare model; it is prepared in place (a placeholder becomes a real drop layer, a hierarchical
+            model gains a `mask_token`), so do this before making the optimizer, DDP or a compiled model.
+        kind: "masking", "dropout", "droppath", or "none" for the plain recipe.
+        ratio: the drop probability p of the sub-model, in [0, 1); 0.5 throughout the paper.
+
+    Raises:
+        ValueError: an unknown kind, a ratio outside [0, 1), a wrapped model, or a drop the model has no place for.
+    """
+
+    def __init__(self, model: nn.Module, kind: str = "masking", ratio: float = 0.5):
+        if kind not in KINDS:
+            raise ValueError(f"unknown drop {kind!r}: choose one of {', '.join(KINDS)}")
+        if not 0 <= ratio < 1:
+            raise ValueError(f"drop ratio {ratio} is outside [0, 1)")
+        if hasattr(model, "no_sync") or hasattr(model, "_orig_mod"):
+            raise ValueError(f"make AugSub from the bare model, before {type(model).__name__} wraps it")
+        self.kind, self.ratio = kind, ratio
+        self.drop, self._switches = ("plain", []) if kind == "none" else _install(model, kind, ratio)
+
+    def __repr__(self) -> str:
+        return f"AugSub({self.kind}, ratio={self.ratio}, {self.drop})"
+
+    @property
+    def weight(self) -> float:
+        """What each of the step's losses is multiplied by: 1/2, or 1 for the plain recipe."""
+        return 1.0 if self.kind == "none" else 0.5
+
+    @contextmanager
+    def sub_model(self) -> Iterator[None]:
+        """Within it the model given to `__init__` is the sub-model; every rate is restored at the end.
+
+        Drops act in training mode only: after `model.eval()` the sub-model equals the main model, inside this
+        context as outside. The context changes neither the mode nor whether gradients are recorded, so
+        `with torch.no_grad(), augsub.sub_model(): model(x)` is the sub-model's output for a model in train().
+        """
+        before = [getattr(switch.module, switch.name) for switch in self._switches]
+        try:
+            for switch in self._switches:
+                setattr(switch.module, switch.name, self.ratio)
+            yield
+        finally:
+            for switch, rate in zip(self._switches, before):
+                setattr(switch.module, switch.name, rate)
+
+    def losses(
+        self, model: nn.Module, x: Tensor, y: Tensor, criterion: Criterion, *, sync: bool = True
+    ) -> Iterator[Tensor]:
+        """Yields the weighted loss of the main model, then that of its sub-model; call `backward()` on each in turn.
+
+        The first graph can be freed before the second is built, so the peak memory is the plain recipe's. Given a DDP
+        model, the main pass's forward and backward are held under `no_sync()`: a step costs one all-reduce.
+
+        Args:
+            model: the model of `__init__`, bare, in DDP or compiled.
+            x: images (B, 3, H, W), which both passes see.
+            y: labels, class indices (B,) or probabilities (B, K).
+            criterion: the recipe's loss, mean over the batch. What it does to labels (smoothing, a threshold) it does
+                to `y` only; the sub-model learns the main model's output as it is.
+            sync: False on all but the last micro-batch of an accumulated step, so that DDP waits with its
+                all-reduce. Scale what is yielded by 1 / micro-batches.
+
+        Yields:
+            scalars in float32, also under autocast: `weight` * l.
+        """
+        wait = getattr(model, "no_sync", nullcontext)
+        with nullcontext() if sync and self.kind == "none" else wait():
+            logits = model(x)
+            yield self.weight * _float32(criterion, logits, y)
+        if self.kind == "none":
+            return
+        soft_criterion, to_target = soft_target_loss(criterion)
+        target = to_target(logits.detach().float())
+        # the rates stay switched while the caller runs backward, so activation checkpointing recomputes this pass
+        with nullcontext() if sync else wait(), self.sub_model():
+            yield self.weight * _float32(soft_criterion, model(x), target)
+
+
+def soft_target_loss(criterion: Criterion) -> tuple[Criterion, Callable[[Tensor], Tensor]]:
+    """The criterion as the sub-model uses it, and the function that makes its targets from the main model's logits.
+
+    The targets are sigmoid's for a binary cross-entropy and softmax's otherwise. Label smoothing and target
+    thresholds are dropped, because they are corrections of labels and the target is none.
+    """
+    if isinstance(criterion, BinaryCrossEntropy):
+        return _without(criterion, target_threshold=None, smoothing=0.0), torch.sigmoid
+    if isinstance(criterion, nn.BCEWithLogitsLoss):
+        return criterion, torch.sigmoid
+    if isinstance(criterion, LabelSmoothingCrossEntropy):
+        return SoftTargetCrossEntropy(), _softmax
+    if isinstance(criterion, nn.CrossEntropyLoss):
+        return _without(criterion, label_smoothing=0.0), _softmax
+    return criterion, _softmax
+
+
+def drops(model: nn.Module) -> dict[str, str]:
+    """Each drop that the model has a place for, with how it works there, e.g. {"masking": "token drop"}.
+
+    Nothing is changed in the model.
+    """
+    offered = {"masking": _mask_name(model)}
+    if _dropouts(model):
+        offered["dropout"] = "dropout of attention projections and MLPs"
+    if _drop_paths(model):
+        offered["droppath"] = "stochastic depth of every block"
+    return offered
+
+
+class _Switch(NamedTuple):
+    module: Any  # whose attribute
+    name: str  # holds a drop rate
+
+
+def _install(model: nn.Module, kind: str, ratio: float) -> tuple[str, list[_Switch]]:
+    offered = drops(model)
+    if kind not in offered:
+        raise ValueError(f"{type(model).__name__} has no place for {kind}: it offers {', '.join(offered)}")
+    if ratio == 0:  # the sub-model is the main model; a mask token would be a parameter without a gradient
+        return offered[kind], []
+    if kind == "masking":
+        return offered[kind], [_install_mask(model)]
+    if kind == "dropout":
+        return offered[kind], [_Switch(module, "p") for module in _dropouts(model)]
+    switches = []
+    for block, name in _drop_paths(model):
+        if not isinstance(getattr(block, name), DropPath):
+            setattr(block, name, DropPath(0.0).train(block.training))
+        switches.append(_Switch(getattr(block, name), "drop_prob"))
+    return offered[kind], switches
+
+
+def _mask_name(model: nn.Module) -> str:
+    if hasattr(model, "patch_drop") or hasattr(model, "patch_drop_rate"):
+        return "token drop"
+    return TokenMask.name if patch_embedding(model) is not None else PixelMask.name
+
+
+def _install_mask(model: nn.Module) -> _Switch:
+    name = _mask_name(model)
+    if name != "token drop":
+        return _Switch((TokenMask if name == TokenMask.name else PixelMask).on(model), "ratio")
+    if not hasattr(model, "patch_drop"):  # Hiera drops whole mask units itself
+        return _Switch(model, "patch_drop_rate")
+    if not isinstance(model.patch_drop, (PatchDropout, PatchDropoutWithIndices)):
+        # a model with rotary or variable-length positions holds None here and wants to know which tokens were kept
+        layer = PatchDropoutWithIndices if model.patch_drop is None else PatchDropout
+        prefix = getattr(model, "num_prefix_tokens", 0)
+        model.patch_drop = layer(0.0, num_prefix_tokens=prefix).train(model.training)
+    return _Switch(model.patch_drop, "prob")
+
+
+def _dropouts(model: nn.Module) -> list[nn.Dropout]:
+    """Dropouts of attention projections and MLPs; not those of attention weights, positions, pooling or the head."""
+    inside = re.compile(r"(?!.*\b(head|attn_pool)\b).*\b(proj_drop|drop1|drop2|drop3|mlp_drop|out_drop)")
+    return [m for name, m in model.named_modules() if isinstance(m, nn.Dropout) and inside.fullmatch(name)]
+
+
+def _drop_paths(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where residual branches have their stochastic depth: (block, attribute). At rate 0 timm leaves an Identity or
+    None there."""
+    return [
+        (block, name)
+        for block in model.modules()
+        for name, layer in (vars(block) | block._modules).items()
+        if re.fullmatch(r"drop_path\d*", name) and (layer is None or isinstance(layer, (DropPath, nn.Identity)))
+    ]
+
+
+def _float32(criterion: Criterion, logits: Tensor, target: Tensor) -> Tensor:
+    with torch.autocast(logits.device.type, enabled=False):
+        return criterion(logits.float(), target)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(dim=-1)
+
+
+def _without(criterion: nn.Module, **neutral: Any) -> Criterion:
+    plain = copy.copy(criterion)
+    for name, value in neutral.items():
+        setattr(plain, name, value)
+    return plain

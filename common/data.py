@@ -1,0 +1,368 @@
+"""Data sets, transforms and loaders, and the embedded digits.
+
+Which image comes when, and how it is augmented, follows from (seed, epoch, place in the epoch) alone: neither the
+number of loader processes nor their timing plays a part. Unreadable images are named, counted and replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup, create_dataset, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
+from torchvision import datasets, transforms
+from torchvision.transforms import InterpolationMode
+
+from common.args import DIGITS, mixup_active
+from common.dist import Process
+
+# what PIL and the readers raise on files that are no image, cut short, or too large to be one; RuntimeError is timm's
+# word for a sample that failed as often as it was tried
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error,
+              Image.DecompressionBombError)  # fmt: skip
+UNREADABLE_SHARE = 0.01
+REPEATS = 3
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey levels, of which a fifth (360, all classes alike) is for
+    evaluation. Items: (PIL image in RGB, label)."""
+
+    classes: ClassVar = [str(digit) for digit in range(10)]
+
+    def __init__(self, train: bool):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        images, labels = load_digits(return_X_y=True)
+        parts = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
+        images, labels = (parts[0], parts[2]) if train else (parts[1], parts[3])
+        grey = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+        self.images = [Image.fromarray(image).convert("RGB") for image in grey]
+        self.targets = labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index], self.targets[index]
+
+
+class INaturalist(datasets.VisionDataset):
+    """iNaturalist 2018 or 2019 at one level of the taxonomy, from the competition's JSON files.
+
+    Args:
+        root: folder with train{year}.json, val{year}.json, categories.json and the images.
+        train: which of the two lists.
+        year: 2018 or 2019.
+        category: level of the taxonomy, a key of categories.json.
+    """
+
+    def __init__(self, root: str, train: bool, year: int, category: str):
+        super().__init__(root)
+        names = {entry["id"]: entry[category] for entry in self._read("categories.json")}
+        lists = {split: self._read(f"{split}{year}.json") for split in ("train", "val")}
+        used = sorted({names[a["category_id"]] for a in lists["train"]["annotations"]})
+        self.class_to_idx = {name: index for index, name in enumerate(used)}
+        self.classes = used
+        chosen = lists["train" if train else "val"]
+        files = {image["id"]: image["file_name"] for image in chosen["images"]}
+        self.samples = [
+            (str(Path(root, files[a["image_id"]])), self.class_to_idx[names[a["category_id"]]])
+            for a in chosen["annotations"]
+        ]
+
+    def _read(self, name: str) -> Any:
+        return json.loads(Path(self.root, name).read_text())
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, target = self.samples[index]
+        return datasets.folder.default_loader(path), target
+
+
+def open_data_set(args: argparse.Namespace, train: bool) -> Dataset:
+    """The training or evaluation images as (PIL image, label).
+
+    Raises:
+        ValueError: the folder or its files are missing or empty, or the package that reads the data set is.
+    """
+    name, root = args.data_set, args.data_path
+    if root is not None and not Path(root).exists():
+        raise ValueError(f"--data-path {root}: there is no such folder")
+    try:
+        if name == DIGITS:
+            return Digits(train)
+        if name == "IMNET":
+            return _folder(Path(root), train)
+        if name in ("CIFAR", "CIFAR10"):
+            return (datasets.CIFAR10 if name == "CIFAR10" else datasets.CIFAR100)(root, train=train)
+        if name in ("INAT", "INAT19"):
+            return INaturalist(root, train, 2019 if name == "INAT19" else 2018, args.inat_category)
+        return create_dataset(
+            name,
+            root=root,
+            split=args.train_split if train else args.val_split,
+            is_training=train,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+    except (OSError, RuntimeError, AssertionError, ImportError, KeyError, json.JSONDecodeError, NameError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"--data-set {name}: no images could be read from {root or name} ({reason})") from error
+
+
+def _folder(root: Path, train: bool) -> datasets.ImageFolder:
+    places = [root / "train"] if train else [root / "val", root / "validation"]
+    place = next((p for p in places if p.is_dir()), None)
+    if place is None:
+        wanted = " or ".join(p.name for p in places)
+        raise ValueError(f"{root} has no folder {wanted}: train/<class>/*.jpg and val/<class>/*.jpg are needed")
+    return datasets.ImageFolder(str(place))
+
+
+def check_classes(train: Dataset, val: Dataset) -> int | None:
+    """The number of classes, where the data set tells it.
+
+    Raises:
+        ValueError: the two parts have different classes.
+    """
+    ours, theirs = _classes(train), _classes(val)
+    if ours is None or theirs is None:
+        return None
+    for some, other, which, missing in ((ours, theirs, "train", "val"), (theirs, ours, "val", "train")):
+        extra = sorted(set(some) - set(other))
+        if extra:
+            raise ValueError(
+                f"the training and the evaluation images have different classes: {len(extra)} of {which}, such as "
+                f"{extra[0]!r}, are not in {missing}"
+            )
+    return len(ours)
+
+
+def _classes(data: Dataset) -> list[str] | None:
+    for holder in (data, getattr(data, "reader", None)):
+        known = getattr(holder, "classes", None) or getattr(holder, "class_to_idx", None)
+        if known:
+            return list(known)
+    return None
+
+
+class Views(Dataset):
+    """Transformed images of a data set, each drawn from a random state of its own.
+
+    Item (index, seed) → (image (3, H, W), label, unreadable), where `unreadable` is the index of the image if it
+    could not be read, and -1 if it could. The next readable image takes the place of one that cannot be.
+    """
+
+    def __init__(self, data: Any, transform: Callable[[Image.Image], Tensor]):
+        self.data, self.transform = data, transform
+        if hasattr(data, "_max_retries"):  # timm replaces unreadable images too, without a count
+            data._max_retries = 1
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int, int]:
+        index, seed = place
+        unreadable = -1
+        for step in range(min(len(self), 100)):
+            try:
+                image, label = self.data[(index + step) % len(self)]
+                image = image.convert("RGB")
+                break
+            except UNREADABLE:
+                unreadable = index
+        else:
+            raise RuntimeError(f"100 images in a row from {self.name_of(index)} on could not be read")
+        with drawn_from(seed):
+            return self.transform(image), int(label), unreadable
+
+    def name_of(self, index: int) -> str:
+        """Path of an image, or what else names it."""
+        samples = getattr(self.data, "samples", None)
+        if samples is not None:
+            return str(samples[index][0])
+        try:
+            return str(self.data.filename(index, absolute=True))
+        except (AttributeError, NotImplementedError, TypeError):
+            return f"image {index}"
+
+
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Within it python's, numpy's and torch's random numbers come from one seed; their states come back after."""
+    before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.random.set_rng_state(before[2])
+
+
+class SeededSampler(Sampler[tuple[int, int]]):
+    """Gives each index of `order` the seed that its augmentation draws from: a hash of (seed, epoch, rank, place)."""
+
+    def __init__(self, order: Any, seed: int, rank: int):
+        self.order, self.seed, self.rank, self.epoch = order, seed, rank, 0
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        if hasattr(self.order, "set_epoch"):
+            self.order.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        seeds = np.random.default_rng([self.seed, self.epoch, self.rank]).integers(2**62, size=len(self))
+        return zip(self.order, seeds.tolist())
+
+
+class EveryNth(IterableDataset):
+    """This process's share of a stream that every process reads whole: items rank, rank + n, rank + 2n, …"""
+
+    def __init__(self, stream: Any, rank: int, world_size: int):
+        self.stream, self.rank, self.world_size = stream, rank, world_size
+        reader = stream.reader
+        for name, alone in (("dist_rank", 0), ("dist_num_replicas", 1)):
+            if hasattr(reader, name):
+                setattr(reader, name, alone)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (item for i, item in enumerate(self.stream) if i % self.world_size == self.rank)
+
+
+def collate(batch: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
+    """→ images (B, 3, H, W), labels (B,), and for each the index it could not be read at, or -1 (B,)."""
+    images = torch.stack([item[0] for item in batch])
+    labels = torch.tensor([int(item[1]) for item in batch])
+    return images, labels, torch.tensor([item[2] if len(item) > 2 else -1 for item in batch])
+
+
+def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tuple[DataLoader, int]:
+    """Shuffled batches of augmented images, and how many of them make an epoch on every process.
+
+    Raises:
+        ValueError: there are fewer images than processes, or than one batch of all of them.
+    """
+    if len(data) < process.world_size:
+        raise ValueError(f"{process.world_size} processes for {len(data)} training images: start fewer processes")
+    transform = training_transform(args)
+    views: Any
+    sampler: Any
+    if isinstance(data, IterableDataset):
+        data.transform = transform  # type: ignore[attr-defined]
+        views, sampler = data, None
+        length = len(data) // process.world_size  # type: ignore[arg-type]
+    else:
+        if args.repeated_aug:
+            order: Any = RepeatAugSampler(data, process.world_size, process.rank, num_repeats=REPEATS)
+        else:
+            order = DistributedSampler(data, process.world_size, process.rank, seed=args.seed, drop_last=True)
+        sampler = SeededSampler(order, args.seed, process.rank)
+        views = Views(data, transform)
+        length = len(sampler)
+    batches = length // args.batch_size
+    if batches < 1:
+        raise ValueError(
+            f"{length} training images a process are fewer than one batch: --batch-size {args.batch_size} must shrink"
+        )
+    loader = DataLoader(
+        views,
+        batch_size=args.batch_size,
+        sampler=sampler,
+        drop_last=True,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and process.device.type == "cuda",
+        persistent_workers=args.num_workers > 0,
+        collate_fn=collate,
+    )
+    return loader, batches
+
+
+def evaluation_loader(args: argparse.Namespace, data: Any, process: Process) -> DataLoader:
+    """This process's share of the evaluation images; the shares of all processes hold each image exactly once."""
+    if isinstance(data, IterableDataset):
+        data.transform = evaluation_transform(args)  # type: ignore[attr-defined]
+        views: Any = EveryNth(data, process.rank, process.world_size)
+        order = None
+    else:
+        views = Views(data, evaluation_transform(args))
+        order = [(index, 0) for index in range(process.rank, len(data), process.world_size)]
+    return DataLoader(
+        views,
+        batch_size=int(1.5 * args.batch_size),
+        sampler=order,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and process.device.type == "cuda",
+        collate_fn=collate,
+    )
+
+
+def training_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tensor]:
+    """timm's training transform. With `args.src` a resize and a crop after padding by 4 pixels stand in for the random
+    resized crop."""
+    crop, change, finish = create_transform(
+        args.input_size,
+        is_training=True,
+        scale=tuple(args.scale),
+        ratio=tuple(args.ratio),
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        separate=True,
+    )
+    if getattr(args, "src", False):
+        crop.transforms[0] = transforms.Compose(
+            [
+                transforms.Resize(args.input_size, interpolation=InterpolationMode.BICUBIC),
+                transforms.RandomCrop(args.input_size, padding=4, padding_mode="reflect"),
+            ]
+        )
+    return transforms.Compose([crop, change, finish])
+
+
+def evaluation_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tensor]:
+    """Resize to int(size / eval_crop_ratio), bicubic, and crop the centre."""
+    return create_transform(args.input_size, interpolation="bicubic", crop_pct=args.eval_crop_ratio)
+
+
+def create_mixup(args: argparse.Namespace, classes: int) -> Mixup | None:
+    """timm's mixup and CutMix, or None where both are off."""
+    if not mixup_active(args):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=classes,
+    )

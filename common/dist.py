@@ -1,0 +1,99 @@
+"""Processes: start-up from torchrun's or Slurm's environment, random state, and sums over all of them."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+from timm.utils.distributed import init_distributed_device_so
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of the run."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def is_main_before_start() -> bool:
+    """Whether this is the first process, told from the environment alone, so that one process speaks of bad input."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+
+
+@contextmanager
+def started(device: str | None) -> Iterator[Process]:
+    """Joins the other processes of the run, over NCCL on GPUs and gloo on CPUs, and leaves them at the end.
+
+    Args:
+        device: "cuda", "cpu" or "cuda:1"; None takes the GPU where there is one.
+
+    Raises:
+        ValueError: no such device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cuda", "cpu"):
+        raise ValueError(f"unknown device {device!r}: use cuda or cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this machine has no GPU that PyTorch can use; --device cpu would do")
+    found = init_distributed_device_so(device)
+    try:
+        yield Process(torch.device(found["device"]), found["global_rank"], found["world_size"], found["local_rank"])
+    finally:
+        if torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+
+
+def seed_everything(*parts: int) -> None:
+    """Starts python's, numpy's and torch's generators from the given numbers, e.g. (seed, rank, epoch)."""
+    state = np.random.SeedSequence(parts).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(state[1])
+    torch.manual_seed(int(state[2]))
+
+
+def _distributed() -> bool:
+    return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if _distributed():
+        torch_dist.all_reduce(values)
+    return values
+
+
+def all_min(values: Tensor) -> Tensor:
+    """The least over all processes, in place."""
+    if _distributed():
+        torch_dist.all_reduce(values, torch_dist.ReduceOp.MIN)
+    return values
+
+
+def all_union(values: set[int]) -> set[int]:
+    """What is in the set of any process."""
+    if not _distributed():
+        return set(values)
+    parts: list[set[int]] = [set() for _ in range(torch_dist.get_world_size())]
+    torch_dist.all_gather_object(parts, values)
+    return set().union(*parts)
+
+
+def barrier() -> None:
+    """Waits for the other processes."""
+    if _distributed():
+        torch_dist.barrier()

@@ -1,0 +1,269 @@
+"""One epoch of training, and evaluation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.utils import ModelEmaV3, accuracy
+from torch import Tensor, nn
+
+from common.augsub import AugSub, Criterion
+from common.data import UNREADABLE_SHARE
+from common.dist import Process, all_min, all_sum, all_union
+from common.recipe import SetLR
+
+NEVER = 2.0**52  # a step no run reaches, and exact in float64
+
+
+class StopTraining(Exception):
+    """Training cannot go on; the message says why, and what is left."""
+
+
+@dataclass
+class Trainer:
+    """What a step of training needs.
+
+    Args:
+        model: as it is called, compiled or in DDP; `bare` is the module inside.
+        augsub: made from the bare model.
+        set_lr: sets the learning rates for an update, counted from 0 over the whole run.
+        autocast: dtype of autocast, or None for float32.
+        accumulate: micro-batches per update. The last update of an epoch may have fewer.
+        train_mode: whether drops and batch statistics act in the main pass.
+    """
+
+    process: Process
+    model: nn.Module
+    bare: nn.Module
+    augsub: AugSub
+    criterion: Criterion
+    optimizer: torch.optim.Optimizer
+    set_lr: SetLR
+    scaler: torch.amp.GradScaler
+    autocast: torch.dtype | None = None
+    ema: ModelEmaV3 | None = None
+    mixup: Mixup | None = None
+    clip_grad: float | None = None
+    accumulate: int = 1
+    memory_format: torch.memory_format = torch.contiguous_format
+    train_mode: bool = True
+    parameters: list[nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
+
+    def batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch on the device, mixed."""
+        device = self.process.device
+        images = images.to(device, non_blocking=True, memory_format=self.memory_format)
+        labels = labels.to(device, non_blocking=True)
+        return self.mixup(images, labels) if self.mixup else (images, labels)
+
+    def micro_step(self, images: Tensor, labels: Tensor, parts: int, last: bool) -> list[Tensor]:
+        """Adds the gradients of one of `parts` micro-batches → the losses, unscaled: main and, with AugSub, sub."""
+        x, y = self.batch(images, labels)
+        losses = []
+        with autocast(self.process.device, self.autocast):
+            for loss in self.augsub.losses(self.model, x, y, self.criterion, sync=last):
+                with torch.autocast(self.process.device.type, enabled=False):
+                    self.scaler.scale(loss / parts).backward()
+                losses.append(loss.detach() / self.augsub.weight)
+        return losses
+
+    def update(self) -> None:
+        """One optimizer step, from the gradients that have come together."""
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.bare)
+
+
+@dataclass
+class Report:
+    """What the steps since the last report came to, over all processes."""
+
+    update: int  # updates done in this epoch
+    updates: int  # updates in an epoch
+    loss: float  # mean loss of the main model
+    sub_loss: float | None  # mean loss of the sub-model
+    lr: float  # of the last update, the largest of all groups
+    images_per_second: float
+    seen: int  # images since the last report
+
+
+def train_one_epoch(
+    trainer: Trainer,
+    loader: Iterable[tuple[Tensor, Tensor, Tensor]],
+    batches: int,
+    epoch: int,
+    interval: int,
+    say: Callable[[Report], None],
+    unreadable: Unreadable,
+) -> dict[str, float]:
+    """Trains for one epoch. The host waits for the device only at every `interval`-th update, and at the last.
+
+    Args:
+        trainer: model, optimizer and the rest.
+        loader: batches (images, labels, unreadable) on the host.
+        batches: how many of them make the epoch; the same on every process.
+        epoch: counted from 0.
+        interval: updates between reports.
+        say: is handed each report, on every process.
+        unreadable: counts the images that could not be read.
+
+    Returns:
+        means over the epoch and all processes: "lr", "loss" of the main model and, with AugSub, "sub_loss".
+
+    Raises:
+        StopTraining: on all processes within one interval, where a loss on any of them was not finite, or too many
+            images were unreadable.
+    """
+    trainer.bare.train(trainer.train_mode)
+    updates = math.ceil(batches / trainer.accumulate)
+    passes = 1 if trainer.augsub.kind == "none" else 2
+    window, total = _Losses(passes, trainer.process.device), torch.zeros(1 + passes, dtype=torch.float64)
+    rates = 0.0
+    start = time.perf_counter()
+    stream = islice(loader, batches)
+    for done, chunk in enumerate(_chunks(stream, trainer.accumulate), start=1):
+        update = epoch * updates + done - 1
+        trainer.set_lr(update)
+        parts = min(trainer.accumulate, batches - (done - 1) * trainer.accumulate)
+        for part, (images, labels, bad) in enumerate(chunk, start=1):
+            unreadable.add(bad)
+            window.add(trainer.micro_step(images, labels, parts, last=part == parts), len(images), update)
+        trainer.update()
+        lr = max(group["lr"] for group in trainer.optimizer.param_groups)
+        rates += lr
+        if done % interval == 0 or done == updates:
+            sums = window.reduce()
+            unreadable.check()
+            total += sums
+            seen, *means = sums.tolist()
+            now = time.perf_counter()
+            say(Report(done, updates, means[0] / seen, means[1] / seen if passes == 2 else None, lr,
+                       seen / (now - start), int(seen)))  # fmt: skip
+            start = now
+    if done != updates:
+        raise StopTraining(f"the data ended after {done} of {updates} steps of epoch {epoch}")
+    seen, *losses = total.tolist()
+    return {"lr": rates / updates} | {name: value / seen for name, value in zip(("loss", "sub_loss"), losses)}
+
+
+def _chunks(stream: Iterator[Any], size: int) -> Iterator[Iterator[Any]]:
+    """Groups of `size` items, drawn as they are asked for: the next batch is not waited for before it is used."""
+    for first in stream:
+        yield _chain(first, islice(stream, size - 1))
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+class _Losses:
+    """Sums of losses that stay on the device until they are asked for."""
+
+    def __init__(self, passes: int, device: torch.device):
+        self.passes, self.device = passes, device
+        self.clear()
+
+    def clear(self) -> None:
+        self.seen = 0
+        self.sums = torch.zeros(self.passes, dtype=torch.float64, device=self.device)
+        self.first_bad = torch.full((), NEVER, dtype=torch.float64, device=self.device)
+
+    def add(self, losses: list[Tensor], images: int, update: int) -> None:
+        values = torch.stack(losses).double()
+        self.seen += images
+        self.sums += values * images
+        bad = torch.where(values.isfinite().all(), NEVER, float(update))
+        self.first_bad = torch.minimum(self.first_bad, bad.double())
+
+    def reduce(self) -> Tensor:
+        """Images seen and sums of losses over all processes, (1 + passes,) on the host; starts anew."""
+        first_bad = all_min(self.first_bad).item()
+        if first_bad < NEVER:
+            raise StopTraining(f"the loss was not finite at step {int(first_bad)}")
+        seen = torch.tensor([self.seen], dtype=torch.float64, device=self.device)
+        sums = all_sum(torch.cat([seen, self.sums])).cpu()
+        self.clear()
+        return sums
+
+
+class Unreadable:
+    """Counts the training images that could not be read, names each once, and stops the run above 1 % of them."""
+
+    def __init__(self, images: int, name_of: Callable[[int], str], warn: Callable[[str], None]):
+        self.images, self.name_of, self.warn = images, name_of, warn
+        self.known: set[int] = set()
+        self.new: set[int] = set()
+
+    def add(self, indices: Tensor) -> None:
+        """indices: (B,) on the host, -1 for images that could be read."""
+        self.new.update(set(indices[indices >= 0].tolist()) - self.known)
+
+    def check(self) -> None:
+        """Joins what all processes found; raises StopTraining on all of them."""
+        found = all_union(self.new) - self.known
+        self.new.clear()
+        for index in sorted(found):
+            self.warn(f"unreadable image, another takes its place: {self.name_of(index)}")
+        self.known |= found
+        if len(self.known) > UNREADABLE_SHARE * self.images:
+            raise StopTraining(f"{len(self.known)} of {self.images} training images could not be read, more than 1 %")
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Context of mixed precision in `dtype`, or of none."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor, Tensor]],
+    process: Process,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in % and cross-entropy over the images of all processes' loaders.
+
+    Args:
+        model: the bare model.
+        loader: this process's share, batches (images, labels, unreadable); unreadable images count nowhere.
+
+    Returns:
+        "acc1", "acc5", "loss", "images" (how many were counted).
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=process.device)
+    for images, labels, bad in loader:
+        if (bad >= 0).any():  # a look on the host, where these still are
+            images, labels = images[bad < 0], labels[bad < 0]
+        if not len(images):
+            continue
+        images = images.to(process.device, non_blocking=True, memory_format=memory_format)
+        labels = labels.to(process.device, non_blocking=True)
+        with autocast(process.device, dtype):
+            logits = model(images).float()
+        shares = torch.stack(accuracy(logits, labels, topk=(1, min(5, logits.shape[1])))).double() / 100
+        sums[:2] += (shares * len(labels)).round()  # whole images again
+        sums[2] += nn.functional.cross_entropy(logits, labels, reduction="sum")
+        sums[3] += len(labels)
+    top1, top5, loss, images = all_sum(sums).tolist()
+    if not images:
+        raise StopTraining("not one evaluation image could be read")
+    return {"acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "loss": loss / images, "images": images}

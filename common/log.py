@@ -1,0 +1,123 @@
+"""What a run says: a bar on a terminal, plain lines elsewhere, log.txt in JSON lines, TensorBoard scalars."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common.checkpoint import replacing
+from common.engine import Report
+
+LOG, CURVES = "log.txt", "tensorboard"
+
+
+class Log:
+    """The voice of a run. Only the main process has one that speaks; the others' `speaks` is False.
+
+    Args:
+        folder: output folder for log.txt and TensorBoard's curves; None writes no files.
+        speaks: whether to print and write at all.
+        start_epoch: first epoch of this start; lines and curves of it and later ones, left from a run that was
+            cut off in the middle, are taken out.
+        updates: optimizer steps in an epoch.
+        epochs: epochs of the run.
+    """
+
+    def __init__(self, folder: Path | None, speaks: bool, start_epoch: int, updates: int, epochs: int):
+        self.folder, self.speaks, self.updates, self.epochs = folder, speaks, updates, epochs
+        self.start_epoch = start_epoch
+        self.bar: tqdm | None = None
+        self.curves: SummaryWriter | None = None
+        self.began = time.time()
+        if speaks and folder is not None:
+            _drop_from(folder / LOG, start_epoch)
+            self.curves = SummaryWriter(str(folder / CURVES), purge_step=start_epoch * updates)
+
+    def line(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self.speaks:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def epoch(self, epoch: int) -> None:
+        """Opens the bar of an epoch."""
+        if self.speaks and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=self.updates, desc=f"epoch {epoch + 1}/{self.epochs}", dynamic_ncols=True, leave=False
+            )
+
+    def report(self, epoch: int, report: Report) -> None:
+        """Shows and records one report of the training loop."""
+        if not self.speaks:
+            return
+        parts = {"loss": f"{report.loss:.4f}"}
+        if report.sub_loss is not None:
+            parts["sub"] = f"{report.sub_loss:.4f}"
+        parts |= {"lr": f"{report.lr:.2e}", "img/s": f"{report.images_per_second:.0f}"}
+        done = (epoch - self.start_epoch) * self.updates + report.update
+        left = (self.epochs - self.start_epoch) * self.updates - done
+        eta = duration((time.time() - self.began) / done * left)
+        if self.bar is not None:
+            self.bar.set_postfix(parts | {"left": eta}, refresh=False)
+            self.bar.update(report.update - self.bar.n)
+        else:
+            shown = "  ".join(f"{name} {value}" for name, value in parts.items())
+            self.line(f"epoch {epoch + 1}/{self.epochs}  step {report.update}/{report.updates}  {shown}  left {eta}")
+        step = epoch * self.updates + report.update
+        self.scalars({"train/loss": report.loss, "train/sub_loss": report.sub_loss, "train/lr": report.lr,
+                      "speed/images_per_second": report.images_per_second}, step)  # fmt: skip
+
+    def end_epoch(self) -> None:
+        """Closes the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def scalars(self, values: dict[str, float | None], step: int) -> None:
+        """Adds points to TensorBoard's curves; a step is an optimizer step."""
+        if self.curves is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self.curves.add_scalar(name, value, step)
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """Adds a line to log.txt."""
+        if self.speaks and self.folder is not None:
+            with open(self.folder / LOG, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        if self.curves is not None:
+            self.curves.flush()
+
+    def close(self) -> None:
+        """Ends the bar and the curves' file."""
+        self.end_epoch()
+        if self.curves is not None:
+            self.curves.close()
+
+
+def _drop_from(path: Path, epoch: int) -> None:
+    """Takes the lines of `epoch` and later, and a torn last line, out of log.txt."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["epoch"] < epoch:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    with replacing(path) as file:
+        file.write("".join(kept).encode())
+
+
+def duration(seconds: float) -> str:
+    """83 → "1:23", 5000 → "1:23:20"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

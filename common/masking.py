@@ -1,0 +1,128 @@
+"""How each architecture hides patches for AugMask.
+
+Token drop    ViT-like models with timm's `patch_drop`: the hidden tokens are not computed.
+Mask token    hierarchical models, which need their full grid: blocks of tokens become one learned vector.
+Pixel blocks  convolutional models: blocks of the normalised input image become 0, the mean colour.
+
+Source: Heo et al., "Augmenting Sub-model to Improve Main Model", arXiv 2306.11339; token drop as in timm's
+`PatchDropout` (arXiv 2212.00794). Block masks hide squares of 32 pixels: 49 blocks in a 224-pixel image. A mask acts
+in training mode only, and only while its `ratio` is above 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BLOCK = 32  # side of a hidden block, in pixels
+
+
+def block_mask(
+    batch: int, grid: tuple[int, int], block: tuple[int, int], ratio: float, device: torch.device | None = None
+) -> Tensor:
+    """Hide blocks of a grid, for each image a uniformly random set of them.
+
+    Args:
+        batch: number of images B; each gets its own set.
+        grid: height and width (H, W) of the grid, in cells.
+        block: height and width of a block, in cells. Blocks are aligned to the top left corner; where they do not
+            divide the grid, those on the lower and right border are partial.
+        ratio: share p of the n blocks to hide; n - int(n * (1 - p)) of them are hidden. Every block is as likely as
+            any other, so the hidden share of cells is right on average, partial blocks or not.
+
+    Returns:
+        (B, H, W) of bool, True where hidden.
+    """
+    rows, columns = -(-grid[0] // block[0]), -(-grid[1] // block[1])
+    n = rows * columns
+    hidden = torch.rand(batch, n, device=device).argsort(dim=1)[:, : n - int(n * (1 - ratio))]
+    mask = torch.zeros(batch, n, dtype=torch.bool, device=device).scatter_(1, hidden, True)
+    mask = mask.view(batch, rows, columns)
+    mask = mask.repeat_interleave(block[0], dim=1).repeat_interleave(block[1], dim=2)
+    return mask[:, : grid[0], : grid[1]]
+
+
+class BlockMask:
+    """A mask that hangs on a module as a hook and hides blocks while `ratio` is above 0.
+
+    Subclasses say where they hang (`attach`) and what they do to what passes there.
+    """
+
+    name: str
+    ratio: float = 0.0
+
+    def __init__(self, model: nn.Module):
+        raise NotImplementedError
+
+    @classmethod
+    def on(cls, model: nn.Module) -> BlockMask:
+        """The mask of this kind on `model`: the one that hangs there already, or a new one."""
+        for module in model.modules():
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                if isinstance(hook, cls):
+                    return hook
+        return cls(model)
+
+
+class TokenMask(BlockMask):
+    """Replaces blocks of tokens after the patch embedding by one learned `mask_token` of (1, 1, C).
+
+    The token is a parameter of the model itself, initialised trunc-normal with std 0.02 and to be left out of weight
+    decay. The image keeps its size, so the sub pass costs as much as the main pass.
+
+    Raises:
+        ValueError: the model's `patch_embed` does not say its patch size.
+    """
+
+    name = "mask token"
+
+    def __init__(self, model: nn.Module):
+        embed = patch_embedding(model)
+        if embed is None:
+            raise ValueError(f"{type(model).__name__} has no patch embedding, so there are no tokens to mask")
+        patch = embed.patch_size
+        self.model: Any = model
+        self.patch = tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch)
+        width = next(p.shape[0] for p in embed.parameters() if p.ndim == 4)
+        model.mask_token = nn.Parameter(torch.empty(1, 1, width).to(next(model.parameters())))
+        nn.init.trunc_normal_(model.mask_token, std=0.02)
+        embed.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], tokens: Tensor) -> Tensor | None:
+        """tokens: (B, H, W, C), (B, C, H, W) or (B, H*W, C), after the patch embedding; the same shape comes back."""
+        if not (self.ratio and module.training):
+            return None
+        height, width = (side // patch for side, patch in zip(inputs[0].shape[-2:], self.patch))
+        block = (max(1, BLOCK // self.patch[0]), max(1, BLOCK // self.patch[1]))
+        token = self.model.mask_token.to(tokens.dtype)
+        mask = block_mask(len(tokens), (height, width), block, self.ratio, tokens.device)
+        if tokens.ndim == 3:
+            return torch.where(mask.flatten(1)[..., None], token, tokens)
+        if tokens.shape[1:3] == mask.shape[1:]:
+            return torch.where(mask[..., None], token, tokens)
+        return torch.where(mask[:, None], token.view(1, -1, 1, 1), tokens)
+
+
+class PixelMask(BlockMask):
+    """Sets blocks of the normalised input to 0 before the model sees it; works on any image model."""
+
+    name = "pixel blocks"
+
+    def __init__(self, model: nn.Module):
+        model.register_forward_pre_hook(self)
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """inputs[0]: images (B, 3, H, W); the same shape comes back."""
+        if not (self.ratio and module.training):
+            return None
+        x, *rest = inputs
+        mask = block_mask(len(x), (x.shape[-2], x.shape[-1]), (BLOCK, BLOCK), self.ratio, x.device)
+        return (x.masked_fill(mask[:, None], 0), *rest)
+
+
+def patch_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that turns the image into a grid of tokens, where the model has one and it states its patch size."""
+    embed = getattr(model, "patch_embed", None)
+    return embed if isinstance(embed, nn.Module) and hasattr(embed, "patch_size") else None

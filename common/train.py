@@ -1,0 +1,420 @@
+"""run(recipe): arguments → data → model → optimizer → epochs → evaluation → checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import checkpoint, dist
+from common.args import DIGITS, parse
+from common.augsub import AugSub
+from common.data import check_classes, create_mixup, evaluation_loader, open_data_set, training_loader
+from common.dist import Process
+from common.engine import StopTraining, Trainer, Unreadable, evaluate, train_one_epoch
+from common.log import CURVES, Log, duration
+from common.recipe import Recipe, create_optimizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = "args.json"
+# what may differ between a run and its continuation without making another run of it
+MAY_CHANGE = {"output_dir", "resume", "eval", "device", "num_workers", "pin_mem", "log_interval", "data_path",
+              "dist_eval", "start_epoch", "compile", "channels_last", "variant"}  # fmt: skip
+
+
+def run(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
+    """Trains, or evaluates with `--eval`, as the command line says.
+
+    Exits with status 2 and one sentence on bad input, and where training cannot go on.
+    """
+    args = parse(recipe, argv)
+    with ExitStack() as stack:
+        try:
+            process = stack.enter_context(dist.started(args.device))
+            job = prepare(recipe, args, process)
+        except ValueError as error:
+            leave(str(error), 2)
+        try:
+            evaluate_only(job) if args.eval else train(job)
+        except StopTraining as stop:
+            leave(f"training stopped: {stop}", 2)
+        except KeyboardInterrupt:
+            leave("interrupted" + ("; the same command continues from the last checkpoint" if job.folder else ""), 130)
+        finally:
+            job.log.close()
+
+
+def leave(sentence: str, status: int) -> NoReturn:
+    """Ends the process; the first of several says why."""
+    if dist.is_main_before_start():
+        print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+@dataclass
+class Job:
+    """All that a run is made of."""
+
+    args: argparse.Namespace
+    process: Process
+    model: nn.Module  # bare
+    trainer: Trainer
+    train_loader: Any
+    batches: int  # of an epoch, on each process
+    val_loader: Any
+    unreadable: Unreadable
+    log: Log
+    folder: Path | None
+    epoch: int = 0  # the next one to train
+    best: dict[str, float] = field(default_factory=dict)
+
+
+def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
+    """Builds everything, and loads what the run starts from; the output folder is touched last.
+
+    Raises:
+        ValueError: bad input, in one sentence.
+    """
+    val_data = open_data_set(args, train=False)
+    train_data = val_data if args.eval else open_data_set(args, train=True)
+    classes = count_classes(args, check_classes(train_data, val_data))
+    source = resume_from(args)
+
+    dist.seed_everything(args.seed)
+    model = create_model(recipe, args, classes)
+    if args.finetune and not source:
+        checkpoint.load_weights(model, fetch(args.finetune), recipe.adapt_weights, new_head=True)
+    augsub = AugSub(model, args.augsub, args.augsub_ratio)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    model.to(process.device).to(memory_format=memory_format)
+    ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+
+    if args.eval:  # one process's share is enough to build the rest on
+        train_loader, batches = None, 1
+    else:
+        train_loader, batches = training_loader(args, train_data, process)
+    in_force = recipe.scale_lr(args, args.batch_size * process.world_size * args.accum_iter)
+    optimizer = create_optimizer(recipe, model, in_force)
+    mixup = create_mixup(args, classes)
+    dtype = autocast_dtype(args.amp, process.device)
+    trainer = Trainer(
+        process=process,
+        model=wrapped(model, args, process),
+        bare=model,
+        augsub=augsub,
+        criterion=recipe.loss(args, mixup is not None),
+        optimizer=optimizer,
+        set_lr=recipe.schedule(optimizer, in_force, math.ceil(batches / args.accum_iter)),
+        scaler=torch.amp.GradScaler(process.device.type, enabled=dtype is torch.float16),
+        autocast=dtype,
+        ema=ema if args.model_ema else None,
+        mixup=mixup,
+        clip_grad=args.clip_grad,
+        accumulate=args.accum_iter,
+        memory_format=memory_format,
+        train_mode=getattr(args, "train_mode", True),
+    )
+    start, best, notes = restore(recipe, args, source, trainer) if source else (args.start_epoch, {}, [])
+    folder = None if args.eval else make_folder(args, process)
+    updates = math.ceil(batches / args.accum_iter)
+    log = Log(folder, process.is_main, start, updates, args.epochs)
+    for line in (*describe(args, process, trainer, classes, updates), *notes):
+        log.line(line)
+    views = train_loader.dataset if train_loader is not None else None
+    unreadable = Unreadable(len(train_data), getattr(views, "name_of", str), log.line)  # type: ignore[arg-type]
+    val_loader = evaluation_loader(args, val_data, process)
+    return Job(args, process, model, trainer, train_loader, batches, val_loader, unreadable, log, folder, start, best)
+
+
+def count_classes(args: argparse.Namespace, found: int | None) -> int:
+    """The classes of the model: `--nb-classes`, or as many as the data set has."""
+    if args.nb_classes is None:
+        if found is None:
+            raise ValueError(f"--data-set {args.data_set} does not tell its classes: --nb-classes must")
+        return found
+    if found is not None and found > args.nb_classes:
+        raise ValueError(f"--nb-classes {args.nb_classes}: the data set has {found} classes")
+    return args.nb_classes
+
+
+def create_model(recipe: Recipe, args: argparse.Namespace, classes: int) -> nn.Module:
+    """The recipe's model.
+
+    Raises:
+        ValueError: timm knows no such model, or the model cannot be made with these settings.
+    """
+    if not timm.is_model(args.model):
+        close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
+        near = f": did you mean {' or '.join(close)}?" if close else ": timm.list_models() lists them"
+        raise ValueError(f"unknown model {args.model!r}{near}")
+    try:
+        return recipe.create_model(args, classes)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(f"--model {args.model} cannot be made with these settings: {error}") from error
+
+
+def fetch(source: str) -> str:
+    """A checkpoint's path; one behind an https:// address is downloaded first, to torch's cache."""
+    if not source.startswith("https://"):
+        return source
+    target = Path(torch.hub.get_dir(), "checkpoints", Path(source).name)
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(source, str(target), progress=dist.is_main_before_start())
+        except OSError as error:
+            raise ValueError(f"{source}: could not be downloaded ({error})") from error
+    return str(target)
+
+
+def autocast_dtype(amp: str | None, device: torch.device) -> torch.dtype | None:
+    """dtype of mixed precision; by default bfloat16 where the hardware computes in it, else none."""
+    if amp is None:
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+        amp = "bf16" if native else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def wrapped(model: nn.Module, args: argparse.Namespace, process: Process) -> nn.Module:
+    """The model as training calls it: compiled, and in DDP where there are several processes."""
+    if args.compile:
+        model = torch.compile(model)  # type: ignore[assignment]
+    if process.world_size == 1:
+        return model
+    ids = [process.device.index] if process.device.type == "cuda" else None
+    return DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def resume_from(args: argparse.Namespace) -> str:
+    """The checkpoint to go on from: `--resume`, or the one that an earlier start left in the output folder, or ""."""
+    if args.resume:
+        return fetch(args.resume)
+    own = Path(args.output_dir, checkpoint.LAST)
+    if args.output_dir and own.exists():
+        return str(own)
+    if args.eval and not args.finetune:
+        raise ValueError("--eval needs weights: --resume or --finetune names a checkpoint, or --output-dir a run")
+    return ""
+
+
+def restore(
+    recipe: Recipe, args: argparse.Namespace, source: str, trainer: Trainer
+) -> tuple[int, dict[str, float], list[str]]:
+    """Puts a checkpoint's state into the trainer → the epoch to go on with, the best result so far, what to say.
+
+    Raises:
+        ValueError: the checkpoint does not fit, or the output folder holds a run with other settings.
+    """
+    content = checkpoint.load(source)
+    ours = "best" in content and isinstance(content.get("args"), dict)
+    if ours and not args.resume and not args.eval:
+        changed = [
+            f"{name} {content['args'][name]} → {value}"
+            for name, value in vars(args).items()
+            if name not in MAY_CHANGE and name in content["args"] and plain(value) != plain(content["args"][name])
+        ]
+        if changed:
+            raise ValueError(
+                f"{args.output_dir} holds a run with other settings ({', '.join(changed[:4])}): choose another "
+                f"--output-dir, or continue that run under these settings with --resume {source}"
+            )
+    checkpoint.load_weights(trainer.bare, source, recipe.adapt_weights, content=content)
+    if trainer.ema is not None:
+        part = "model_ema" if isinstance(content.get("model_ema"), dict) else "model"
+        checkpoint.load_weights(trainer.ema.module, source, recipe.adapt_weights, part=part, content=content)
+    if args.eval:
+        return 0, {}, [f"evaluating {source}"]
+    if not ours:
+        epoch = content["epoch"] + 1 if isinstance(content.get("epoch"), int) else args.start_epoch
+        return epoch, {}, [f"{source} is not of this trainer: its weights are used from epoch {epoch} on, with a fresh "
+                           "optimizer"]  # fmt: skip
+    try:
+        trainer.optimizer.load_state_dict(content["optimizer"])
+        trainer.scaler.load_state_dict(content["scaler"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{source}: its optimizer state does not fit --opt {args.opt} ({error})") from error
+    epoch = content["epoch"] + 1
+    return epoch, content["best"], [f"continuing at epoch {epoch + 1} from {source}"]
+
+
+def plain(value: Any) -> Any:
+    """Settings as JSON has them, so that a saved one equals a parsed one."""
+    return json.loads(json.dumps(value))
+
+
+def make_folder(args: argparse.Namespace, process: Process) -> Path | None:
+    """Creates the output folder and writes the settings of this start into it.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    if not args.output_dir:
+        return None
+    folder = Path(args.output_dir)
+    if process.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with checkpoint.replacing(folder / SETTINGS) as file:
+                file.write(json.dumps(settings(args, process), indent=2).encode())
+        except OSError as error:
+            raise ValueError(f"--output-dir {folder}: not writable ({error.strerror})") from error
+    return folder
+
+
+def settings(args: argparse.Namespace, process: Process) -> dict[str, Any]:
+    """What decides a run: arguments, command, processes, commit and versions."""
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "args": plain(vars(args)),
+        "command": sys.argv,
+        "processes": process.world_size,
+        "device": str(process.device),
+        "commit": git.stdout.strip() or None,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def describe(args: argparse.Namespace, process: Process, trainer: Trainer, classes: int, updates: int) -> Iterator[str]:
+    """The lines a run opens with."""
+    if args.data_set == DIGITS:
+        own = ", with a small model and settings of their own" if args.variant is None else ""
+        yield f"data: scikit-learn's 1,797 handwritten digits, since no --data-path was given{own}"
+    else:
+        yield f"data: {args.data_set} {args.data_path or ''}, {classes} classes"
+    millions = sum(p.numel() for p in trainer.bare.parameters()) / 1e6
+    yield f"model: {args.model}, {millions:.1f}M parameters, {args.input_size} px; {trainer.augsub}"
+    precision = str(trainer.autocast or torch.float32).removeprefix("torch.")
+    if not args.eval:
+        batch = args.batch_size * process.world_size * args.accum_iter
+        yield (
+            f"training: {args.epochs} epochs of {updates} steps of {batch} images; {process.world_size} "
+            f"process{'es' if process.world_size > 1 else ''} on {process.device.type}, {precision}"
+        )
+        if not args.output_dir:
+            yield "nothing will be saved: --output-dir names a folder for checkpoints and logs"
+
+
+def evaluate_all(job: Job) -> dict[str, float]:
+    """Accuracy and loss of the model, and with an average of the weights also its, as "ema_acc1", …"""
+    kwargs = {"dtype": job.trainer.autocast, "memory_format": job.trainer.memory_format}
+    results = evaluate(job.model, job.val_loader, job.process, **kwargs)  # type: ignore[arg-type]
+    ema = job.trainer.ema
+    if ema is not None and not job.args.model_ema_force_cpu:
+        averaged = evaluate(ema.module, job.val_loader, job.process, **kwargs)  # type: ignore[arg-type]
+        results |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
+    return results
+
+
+def accuracies(results: dict[str, float]) -> str:
+    """Both accuracies, and that of the averaged weights, in words."""
+    ema = f"  (average of the weights: {results['ema_acc1']:.2f} %)" if "ema_acc1" in results else ""
+    return f"acc@1 {results['acc1']:.2f} %  acc@5 {results['acc5']:.2f} %{ema}"
+
+
+def evaluate_only(job: Job) -> None:
+    """Prints the accuracy."""
+    results = evaluate_all(job)
+    job.log.line(f"{int(results['images'])} images: {accuracies(results)}  loss {results['loss']:.4f}")
+
+
+def train(job: Job) -> None:
+    """Trains from `job.epoch` to the end; each epoch ends with an evaluation and a checkpoint.
+
+    Raises:
+        StopTraining: a loss was not finite, the data cannot be read, or the checkpoint cannot be written.
+    """
+    args, log = job.args, job.log
+    parameters = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    began = time.time()
+    if job.epoch >= args.epochs:
+        log.line(f"all {args.epochs} epochs are trained already")
+    for epoch in range(job.epoch, args.epochs):
+        dist.seed_everything(args.seed, job.process.rank, epoch)
+        if hasattr(job.train_loader.sampler, "set_epoch"):
+            job.train_loader.sampler.set_epoch(epoch)
+        log.epoch(epoch)
+        means = train_one_epoch(
+            job.trainer,
+            job.train_loader,
+            job.batches,
+            epoch,
+            args.log_interval,
+            lambda report, epoch=epoch: log.report(epoch, report),  # type: ignore[misc]
+            job.unreadable,
+        )
+        log.end_epoch()
+        if job.process.world_size > 1:
+            distribute_bn(job.model, job.process.world_size, reduce=True)
+        results = evaluate_all(job)
+        better = results["acc1"] > job.best.get("acc1", -1.0)
+        if better:
+            job.best = {"acc1": results["acc1"], "epoch": epoch}
+        entry = {f"train_{name}": value for name, value in means.items()}
+        entry |= {f"test_{name}": value for name, value in results.items() if name != "images"}
+        log.record(entry | {"epoch": epoch, "n_parameters": parameters})
+        step = (epoch + 1) * math.ceil(job.batches / args.accum_iter)
+        log.scalars({f"test/{name}": value for name, value in results.items() if name != "images"}, step)
+        log.line(f"epoch {epoch + 1}/{args.epochs}  {accuracies(results)}  best {job.best['acc1']:.2f} %")
+        if job.process.is_main and job.folder is not None:
+            save(job, epoch, better)
+    summarise(job, time.time() - began)
+
+
+def save(job: Job, epoch: int, better: bool) -> None:
+    """Writes the checkpoint of an epoch, and where it is the best so far keeps it as that too."""
+    assert job.folder is not None
+    trainer = job.trainer
+    state = {
+        "model": job.model.state_dict(),
+        "model_ema": trainer.ema.module.state_dict() if trainer.ema is not None else None,
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "epoch": epoch,
+        "best": job.best,
+        "args": plain(vars(job.args)),
+    }
+    path = job.folder / checkpoint.LAST
+    try:
+        checkpoint.save(path, state)
+        if better:
+            checkpoint.keep_as(path, job.folder / checkpoint.BEST)
+    except (OSError, RuntimeError, FloatingPointError) as error:
+        left = "the one before is still there" if path.exists() else "none was written before"
+        raise StopTraining(f"{path} could not be written ({error}); {left}") from error
+
+
+def summarise(job: Job, seconds: float) -> None:
+    """The closing lines: accuracy, best epoch, time, where things lie."""
+    if job.best:
+        job.log.line(f"best accuracy {job.best['acc1']:.2f} % in epoch {int(job.best['epoch']) + 1}, "
+                     f"trained in {duration(seconds)}")  # fmt: skip
+    if job.folder is not None:
+        job.log.line(f"checkpoints, log.txt and {SETTINGS} in {job.folder}; curves: tensorboard --logdir "
+                     f"{job.folder / CURVES}")  # fmt: skip

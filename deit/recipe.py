@@ -1,0 +1,126 @@
+"""The DeiT-III recipe (arXiv 2204.07118), as a delta over the common defaults, and the rows of its table."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import timm
+from torch import nn
+
+from common.recipe import Recipe, epoch_schedule, lr_per_512
+from deit.models import adapt_weights, train_attention_only
+
+# The paper's settings. A row of the table is one of these with a model, its regularisation and its batch.
+PRETRAIN = {
+    "smoothing": 0.0,
+    "reprob": 0.0,
+    "opt": "fusedlamb",
+    "color_jitter": 0.3,
+    "unscale_lr": True,
+    "bce_loss": True,
+    "ThreeAugment": True,
+    "eval_crop_ratio": 1.0,
+    "dist_eval": True,
+}
+FINETUNE = {
+    "epochs": 20,
+    "lr": 1e-5,
+    "weight_decay": 0.1,
+    "reprob": 0.0,
+    "unscale_lr": True,
+    "repeated_aug": False,
+    "eval_crop_ratio": 1.0,
+    "dist_eval": True,
+}
+SMALL = PRETRAIN | {"model": "deit_small_patch16_LS", "batch_size": 256, "lr": 4e-3}
+BASE = PRETRAIN | {"model": "deit_base_patch16_LS", "batch_size": 256, "lr": 3e-3, "input_size": 192}
+LARGE = PRETRAIN | {"model": "deit_large_patch16_LS", "batch_size": 32, "lr": 3e-3, "input_size": 192}
+HUGE = PRETRAIN | {"model": "deit_huge_patch14_LS", "batch_size": 32, "lr": 3e-3, "input_size": 160}
+SHORT = {"epochs": 400, "weight_decay": 0.03}
+LONG = {"epochs": 800, "weight_decay": 0.05}
+
+# Batches are per process: 8 processes for small and base, 64 for large and huge.
+VARIANTS = {
+    "small_400": SMALL | SHORT | {"drop_path": 0.0},
+    "small_800": SMALL | LONG | {"drop_path": 0.05},
+    "base_400": BASE | SHORT | {"drop_path": 0.1},
+    "base_800": BASE | LONG | {"drop_path": 0.2},
+    "large_400": LARGE | SHORT | {"drop_path": 0.4},
+    "large_800": LARGE | LONG | {"drop_path": 0.45},
+    "huge_400": HUGE | SHORT | {"drop_path": 0.5},
+    "huge_800": HUGE | LONG | {"drop_path": 0.6},
+    "base_finetune": FINETUNE | {"model": "deit_base_patch16_LS", "batch_size": 64, "drop_path": 0.2},
+    "large_finetune": FINETUNE | {"model": "deit_large_patch16_LS", "batch_size": 8, "drop_path": 0.45},
+    "huge_finetune": FINETUNE | {"model": "deit_huge_patch14_LS", "batch_size": 8, "drop_path": 0.55},
+}
+
+DIGITS: dict[str, Any] = {}
+
+NO_DISTILLATION = "distillation is not offered here: AugSub's target is the model's own output, there is no teacher"
+
+
+class Refused(argparse.Action):
+    """A flag of upstream's that is recognised and refused; the value "none" asks for nothing and passes."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        if values != "none":
+            parser.error(f"{option}: {NO_DISTILLATION}")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    switch = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("DeiT").add_argument
+    add("--ThreeAugment", action=switch, default=False, help="greyscale, solarize or blur, with --color-jitter")
+    add("--src", action=switch, default=False, help="simple random crop: resize, pad by 4 pixels, crop")
+    add("--unscale-lr", action=switch, default=False, help="use --lr as it is; else it is for 512 images a step")
+    add("--train-mode", action=switch, default=True, help="train with drops and in training mode")
+    add("--attn-only", action=switch, default=False, help="train attention, position embedding and head alone")
+    for name in ("teacher-model", "teacher-path", "distillation-type", "distillation-alpha", "distillation-tau"):
+        parser.add_argument(f"--{name}", action=Refused, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.ThreeAugment:
+        args.aa = "3a"
+    if args.bce_loss and args.bce_target_thresh is None:
+        args.bce_target_thresh = 0.0  # mixed labels become 1 wherever they are above 0
+    if args.augsub != "none" and not args.train_mode:
+        raise ValueError(f"--augsub {args.augsub} needs --train-mode: drops act in training mode only")
+
+
+def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
+    model = timm.create_model(
+        args.model,
+        num_classes=classes,
+        img_size=args.input_size,
+        proj_drop_rate=args.drop,
+        drop_path_rate=args.drop_path,
+    )
+    if args.attn_only:
+        train_attention_only(model)
+    return model
+
+
+RECIPE = Recipe(
+    name="deit",
+    about="DeiT-III pretraining and finetuning, plain or with AugSub.",
+    defaults={
+        "model": "deit_base_patch16_224",
+        "color_jitter": 0.3,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "repeated_aug": True,
+        "model_ema": True,
+        "cooldown_epochs": 10,
+    },
+    variants=VARIANTS,
+    digits=DIGITS,
+    create_model=create_model,
+    add_flags=add_flags,
+    check=check,
+    adapt_weights=adapt_weights,
+    scale_lr=lambda args, batch: args if args.unscale_lr else lr_per_512(args, batch),
+    schedule=partial(epoch_schedule, lag=1),  # upstream steps it with the number of the epoch that has passed
+)

@@ -1,0 +1,72 @@
+"""Plain training against AugSub on the embedded digits: mean and standard deviation over seeds.
+
+    python scripts/compare_digits.py deit/main.py --augsub none masking --seeds 5
+
+Runs the entry point once for each drop and seed, a process each, and reads the figures from their log.txt. Flags that
+this script does not know go to the entry point. A second call runs only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    """Runs what is missing and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("entry", help="entry point, e.g. deit/main.py")
+    parser.add_argument("--augsub", nargs="+", default=["none", "masking"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--output-dir", type=Path, default=Path("output/compare"))
+    args, flags = parser.parse_known_args()
+    recipe = Path(args.entry).parent.name
+    print(f"| {recipe} | final training loss, main model | test accuracy, % | seconds | n |\n|---|---|---|---|---|")
+    for kind in args.augsub:
+        runs = [
+            measure(args.entry, kind, seed, args.output_dir / recipe / f"{kind}-{seed}", flags)
+            for seed in range(args.seeds)
+        ]
+        losses, accuracies, seconds = zip(*runs)
+        columns = [spread(losses, 4), spread(accuracies, 2), spread(seconds, 0), str(len(runs))]
+        print("|", " | ".join([kind, *columns]), "|", flush=True)
+
+
+def measure(entry: str, kind: str, seed: int, folder: Path, flags: list[str]) -> tuple[float, float, float]:
+    """One run → the last epoch's training loss and test accuracy, and the seconds it took."""
+    took = folder / "seconds.json"
+    if not took.exists():
+        start = time.time()
+        command = [
+            sys.executable,
+            str(ROOT / entry),
+            "--augsub",
+            kind,
+            "--seed",
+            str(seed),
+            "--output-dir",
+            str(folder),
+        ]
+        done = subprocess.run([*command, *flags], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+        took.write_text(json.dumps(time.time() - start))
+    last = json.loads((folder / "log.txt").read_text().splitlines()[-1])
+    return last["train_loss"], last["test_acc1"], json.loads(took.read_text())
+
+
+def spread(values: tuple[float, ...], digits: int) -> str:
+    """Mean and standard deviation of a sample."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What the tests share: the reference file's deterministic weights and images, small models, folders of JPEGs, and
+running the real entry points as real processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("--model", "deit_tiny_patch16_LS", "--input-size", "32", "--num-workers", "0")
+
+torch.set_num_threads(2)
+
+
+def reference(recipe: str) -> dict[str, Any]:
+    """Numbers measured on the published trainer of a recipe."""
+    return json.loads((ROOT / "tests" / "reference" / f"{recipe}.json").read_text())
+
+
+def tensor_for(name: str, shape: list[int]) -> Tensor:
+    """The reference's deterministic weight of that name."""
+    n = math.prod(shape)
+    phase = (sum(map(ord, name)) % 97) / 97 * 2 * math.pi
+    w = np.sin(0.5113 * np.arange(n) + phase)
+    last = name.rsplit(".", 1)[-1]
+    if last == "running_var":
+        w = 1 + 0.5 * w
+    elif last in ("running_mean", "bias"):
+        w = 0.05 * w
+    elif last in ("gamma_1", "gamma_2"):
+        w = 0.1 + 0.05 * w
+    elif len(shape) <= 1:
+        w = 1 + 0.2 * w
+    else:
+        w = w * math.sqrt(2 / (n / shape[0]))
+    return torch.from_numpy(w.reshape(shape).astype(np.float32))
+
+
+def image(batch: int, size: int) -> Tensor:
+    """The reference's deterministic images, (B, 3, size, size)."""
+    i = np.arange(3 * batch * size * size)
+    pixels = np.cos(0.0171 * i + 0.2 * np.sin(0.0009 * i))
+    return torch.from_numpy(pixels.reshape(batch, 3, size, size).astype(np.float32))
+
+
+@pytest.fixture
+def jpegs(tmp_path: Path) -> Callable[..., Path]:
+    """Makes an ImageNet-style folder of real JPEGs: train/<class>/*.jpg and val/<class>/*.jpg."""
+
+    def make(train: int = 16, val: int = 6, classes: tuple[str, ...] = ("cat", "dog"), name: str = "images") -> Path:
+        rng = np.random.default_rng(0)
+        for split, count in (("train", train), ("val", val)):
+            for k, label in enumerate(classes):
+                folder = tmp_path / name / split / label
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    pixels = rng.integers(0, 120, (40, 50, 3), dtype=np.uint8)
+                    pixels[..., k % 3] += 120
+                    Image.fromarray(pixels).save(folder / f"{i:03}.jpg")
+        return tmp_path / name
+
+    return make
+
+
+def command(*args: str, entry: str = "deit/main.py", processes: int = 0) -> list[str]:
+    """The command line of an entry point, under torchrun where `processes` is not 0."""
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*launcher, str(ROOT / entry), *args]
+
+
+def run(
+    *args: str, cwd: Path, entry: str = "deit/main.py", processes: int = 0, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs an entry point to its end, as a process of its own, from the folder `cwd`."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | env
+    return subprocess.run(
+        command(*args, entry=entry, processes=processes),
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
