@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from common.augsub import KINDS
+from common.masking import BLOCK
 from common.recipe import Recipe
 
 DIGITS = "DIGITS"
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", DIGITS)
+
+# what may differ between a run and its continuation without making another run of it
+MAY_CHANGE = {"output_dir", "resume", "eval", "device", "num_workers", "pin_mem", "log_interval", "data_path",
+              "dist_eval", "start_epoch", "compile", "channels_last", "variant"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +64,7 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
     """The settings of a run: command line over variant over recipe over common defaults.
 
     Without `--data-path` and `--data-set` the data set is the embedded digits; on the digits and without a variant,
-    the recipe's settings for them take the variant's place. `args.note` says so.
+    the recipe's settings for them take the variant's place and they are kept in a folder of their own.
 
     Exits with status 2 and one sentence on bad input.
     """
@@ -78,12 +84,24 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
     parser.set_defaults(data_set=data_set)
     try:
         args = parser.parse_args(argv)
+        args.recipe = recipe.name
+        if data_set == DIGITS and not args.output_dir:
+            args.output_dir = digits_folder(parser, args)
         check(args)
         recipe.check(args)
     except ValueError as error:
         parser.error(str(error))
-    args.recipe = recipe.name
     return args
+
+
+def digits_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """Where a run on the digits goes that names no folder: output/, by recipe, drop, and what it sets differently."""
+    parts = [f"{args.recipe}_digits_{args.augsub}"]
+    for name, value in vars(args).items():
+        default = parser.get_default(name)
+        if name not in MAY_CHANGE | {"augsub", "recipe"} and value != default and default != []:
+            parts.append(f"{name}-{value}")
+    return os.path.join("output", "_".join(parts).replace("/", "-").replace(" ", ""))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -100,7 +118,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.data_set != DIGITS and not args.data_path and not args.data_set.startswith("hf"):
         raise ValueError(f"--data-set {args.data_set} needs --data-path, the folder that holds it")
-    at_least = {"batch_size": 1, "epochs": 1, "accum_iter": 1, "log_interval": 1, "input_size": 1, "num_workers": 0}
+    at_least = {"batch_size": 1, "epochs": 1, "accum_iter": 1, "log_interval": 1, "input_size": 1, "num_workers": 0,
+                "augsub_block": 1}  # fmt: skip
     for name, least in at_least.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{hyphenated('--' + name)[2:]} {getattr(args, name)}: at least {least} is needed")
@@ -151,6 +170,12 @@ def create_parser(recipe: Recipe) -> Parser:
     add = group.add_argument
     add("--augsub", choices=KINDS, default="none", help="drop technique of the sub-model; none is the plain recipe")
     add("--augsub-ratio", type=float, default=0.5, help="drop probability of the sub-model, in [0, 1)")
+    add(
+        "--augsub-block",
+        type=int,
+        default=BLOCK,
+        help="side of a hidden block in pixels, for models that keep their grid",
+    )
 
     group = parser.add_argument_group("model")
     add = group.add_argument
@@ -229,7 +254,8 @@ def create_parser(recipe: Recipe) -> Parser:
     add("--inat-category", default="name", help="level of iNaturalist's taxonomy",
         choices=("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"))  # fmt: skip
     add("--eval-crop-ratio", "--crop-pct", type=float, default=0.875, help="share of the resized image that is kept")
-    add("--num-workers", "--workers", type=int, default=10, help="data-loading processes of each process")
+    add("--num-workers", "--workers", type=int, default=min(10, os.cpu_count() or 1),
+        help="data-loading processes of each process; 10, or as many as there are cores")  # fmt: skip
     add("--pin-mem", action=switch, default=True, help="page-locked host memory for transfers to the GPU")
 
     recipe.add_flags(parser)

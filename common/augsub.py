@@ -30,7 +30,7 @@ from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from common.masking import PixelMask, TokenMask, patch_embedding
+from common.masking import BLOCK, PixelMask, TokenMask, patch_embedding
 
 KINDS = ("none", "masking", "dropout", "droppath")
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -44,12 +44,13 @@ class AugSub:
             model gains a `mask_token`), so do this before making the optimizer, DDP or a compiled model.
         kind: "masking", "dropout", "droppath", or "none" for the plain recipe.
         ratio: the drop probability p of the sub-model, in [0, 1); 0.5 throughout the paper.
+        block: side of a block that a mask token or pixel mask hides, in pixels; token drop has no blocks.
 
     Raises:
         ValueError: an unknown kind, a ratio outside [0, 1), a wrapped model, or a drop the model has no place for.
     """
 
-    def __init__(self, model: nn.Module, kind: str = "masking", ratio: float = 0.5):
+    def __init__(self, model: nn.Module, kind: str = "masking", ratio: float = 0.5, *, block: int = BLOCK):
         if kind not in KINDS:
             raise ValueError(f"unknown drop {kind!r}: choose one of {', '.join(KINDS)}")
         if not 0 <= ratio < 1:
@@ -57,7 +58,7 @@ class AugSub:
         if hasattr(model, "no_sync") or hasattr(model, "_orig_mod"):
             raise ValueError(f"make AugSub from the bare model, before {type(model).__name__} wraps it")
         self.kind, self.ratio = kind, ratio
-        self.drop, self._switches = ("plain", []) if kind == "none" else _install(model, kind, ratio)
+        self.drop, self._switches = ("plain", []) if kind == "none" else _install(model, kind, ratio, block)
 
     def __repr__(self) -> str:
         return f"AugSub({self.kind}, ratio={self.ratio}, {self.drop})"
@@ -152,21 +153,21 @@ class _Switch(NamedTuple):
     name: str  # holds a drop rate
 
 
-def _install(model: nn.Module, kind: str, ratio: float) -> tuple[str, list[_Switch]]:
+def _install(model: nn.Module, kind: str, ratio: float, block: int) -> tuple[str, list[_Switch]]:
     offered = drops(model)
     if kind not in offered:
         raise ValueError(f"{type(model).__name__} has no place for {kind}: it offers {', '.join(offered)}")
     if ratio == 0:  # the sub-model is the main model; a mask token would be a parameter without a gradient
         return offered[kind], []
     if kind == "masking":
-        return offered[kind], [_install_mask(model)]
+        return offered[kind], [_install_mask(model, block)]
     if kind == "dropout":
         return offered[kind], [_Switch(module, "p") for module in _dropouts(model)]
     switches = []
-    for block, name in _drop_paths(model):
-        if not isinstance(getattr(block, name), DropPath):
-            setattr(block, name, DropPath(0.0).train(block.training))
-        switches.append(_Switch(getattr(block, name), "drop_prob"))
+    for branch, name in _drop_paths(model):
+        if not isinstance(getattr(branch, name), DropPath):
+            setattr(branch, name, DropPath(0.0).train(branch.training))
+        switches.append(_Switch(getattr(branch, name), "drop_prob"))
     return offered[kind], switches
 
 
@@ -176,10 +177,10 @@ def _mask_name(model: nn.Module) -> str:
     return TokenMask.name if patch_embedding(model) is not None else PixelMask.name
 
 
-def _install_mask(model: nn.Module) -> _Switch:
+def _install_mask(model: nn.Module, block: int) -> _Switch:
     name = _mask_name(model)
     if name != "token drop":
-        return _Switch((TokenMask if name == TokenMask.name else PixelMask).on(model), "ratio")
+        return _Switch((TokenMask if name == TokenMask.name else PixelMask).on(model, block), "ratio")
     if not hasattr(model, "patch_drop"):  # Hiera drops whole mask units itself
         return _Switch(model, "patch_drop_rate")
     if not isinstance(model.patch_drop, (PatchDropout, PatchDropoutWithIndices)):

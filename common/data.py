@@ -38,8 +38,11 @@ REPEATS = 3
 
 
 class Digits(Dataset):
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey levels, of which a fifth (360, all classes alike) is for
-    evaluation. Items: (PIL image in RGB, label)."""
+    """scikit-learn's 1,797 handwritten digits, of which a fifth (360, all classes alike) is for evaluation.
+
+    Items: (PIL image in RGB, label). The 8x8 grey levels are enlarged to 32x32, bicubic, so that crops have places
+    between the pixels to choose from.
+    """
 
     classes: ClassVar = [str(digit) for digit in range(10)]
 
@@ -51,7 +54,9 @@ class Digits(Dataset):
         parts = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
         images, labels = (parts[0], parts[2]) if train else (parts[1], parts[3])
         grey = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-        self.images = [Image.fromarray(image).convert("RGB") for image in grey]
+        self.images = [
+            Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for image in grey
+        ]
         self.targets = labels.tolist()
 
     def __len__(self) -> int:

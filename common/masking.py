@@ -5,8 +5,7 @@ Mask token    hierarchical models, which need their full grid: blocks of tokens 
 Pixel blocks  convolutional models: blocks of the normalised input image become 0, the mean colour.
 
 Source: Heo et al., "Augmenting Sub-model to Improve Main Model", arXiv 2306.11339; token drop as in timm's
-`PatchDropout` (arXiv 2212.00794). Block masks hide squares of 32 pixels: 49 blocks in a 224-pixel image. A mask acts
-in training mode only, and only while its `ratio` is above 0.
+`PatchDropout` (arXiv 2212.00794). A mask acts in training mode only, and only while its `ratio` is above 0.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BLOCK = 32  # side of a hidden block, in pixels
+BLOCK = 32  # side of a hidden block, in pixels: 49 blocks in an image of 224
 
 
 def block_mask(
@@ -29,15 +28,16 @@ def block_mask(
         grid: height and width (H, W) of the grid, in cells.
         block: height and width of a block, in cells. Blocks are aligned to the top left corner; where they do not
             divide the grid, those on the lower and right border are partial.
-        ratio: share p of the n blocks to hide; n - int(n * (1 - p)) of them are hidden. Every block is as likely as
-            any other, so the hidden share of cells is right on average, partial blocks or not.
+        ratio: share p of the n blocks to hide; n - int(n * (1 - p)) of them are hidden, and at least one is not.
+            Every block is as likely as any other, so the hidden share of cells is right on average, partial blocks
+            or not.
 
     Returns:
         (B, H, W) of bool, True where hidden.
     """
     rows, columns = -(-grid[0] // block[0]), -(-grid[1] // block[1])
     n = rows * columns
-    hidden = torch.rand(batch, n, device=device).argsort(dim=1)[:, : n - int(n * (1 - ratio))]
+    hidden = torch.rand(batch, n, device=device).argsort(dim=1)[:, : n - max(1, int(n * (1 - ratio)))]
     mask = torch.zeros(batch, n, dtype=torch.bool, device=device).scatter_(1, hidden, True)
     mask = mask.view(batch, rows, columns)
     mask = mask.repeat_interleave(block[0], dim=1).repeat_interleave(block[1], dim=2)
@@ -45,25 +45,33 @@ def block_mask(
 
 
 class BlockMask:
-    """A mask that hangs on a module as a hook and hides blocks while `ratio` is above 0.
+    """A mask that hangs on a module of the model as a hook and hides blocks while `ratio` is above 0.
 
-    Subclasses say where they hang (`attach`) and what they do to what passes there.
+    Args:
+        model: the model to hang it on.
+        block: side of a hidden block, in pixels.
     """
 
     name: str
-    ratio: float = 0.0
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, block: int = BLOCK):
+        self.ratio = 0.0  # an attribute of the instance from the start: torch.compile guards on where it finds it
+        self.block = block
+        self.attach(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Hangs the mask on the model."""
         raise NotImplementedError
 
     @classmethod
-    def on(cls, model: nn.Module) -> BlockMask:
+    def on(cls, model: nn.Module, block: int = BLOCK) -> BlockMask:
         """The mask of this kind on `model`: the one that hangs there already, or a new one."""
         for module in model.modules():
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
                 if isinstance(hook, cls):
+                    hook.block = block
                     return hook
-        return cls(model)
+        return cls(model, block)
 
 
 class TokenMask(BlockMask):
@@ -78,7 +86,7 @@ class TokenMask(BlockMask):
 
     name = "mask token"
 
-    def __init__(self, model: nn.Module):
+    def attach(self, model: nn.Module) -> None:
         embed = patch_embedding(model)
         if embed is None:
             raise ValueError(f"{type(model).__name__} has no patch embedding, so there are no tokens to mask")
@@ -95,7 +103,7 @@ class TokenMask(BlockMask):
         if not (self.ratio and module.training):
             return None
         height, width = (side // patch for side, patch in zip(inputs[0].shape[-2:], self.patch))
-        block = (max(1, BLOCK // self.patch[0]), max(1, BLOCK // self.patch[1]))
+        block = (max(1, self.block // self.patch[0]), max(1, self.block // self.patch[1]))
         token = self.model.mask_token.to(tokens.dtype)
         mask = block_mask(len(tokens), (height, width), block, self.ratio, tokens.device)
         if tokens.ndim == 3:
@@ -110,7 +118,7 @@ class PixelMask(BlockMask):
 
     name = "pixel blocks"
 
-    def __init__(self, model: nn.Module):
+    def attach(self, model: nn.Module) -> None:
         model.register_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -118,7 +126,7 @@ class PixelMask(BlockMask):
         if not (self.ratio and module.training):
             return None
         x, *rest = inputs
-        mask = block_mask(len(x), (x.shape[-2], x.shape[-1]), (BLOCK, BLOCK), self.ratio, x.device)
+        mask = block_mask(len(x), (x.shape[-2], x.shape[-1]), (self.block, self.block), self.ratio, x.device)
         return (x.masked_fill(mask[:, None], 0), *rest)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import timm
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
@@ -24,7 +25,7 @@ SetLR = Callable[[int], None]
 def weight_decay_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Parameter groups without weight decay on biases, norms, AugSub's mask token and what the model exempts."""
     exempt = {"mask_token"} | set(getattr(model, "no_weight_decay", set)())
-    return param_groups_weight_decay(model, args.weight_decay, exempt)
+    return param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=exempt)
 
 
 def lr_per_512(args: argparse.Namespace, global_batch: int) -> argparse.Namespace:
@@ -57,6 +58,17 @@ def classification_loss(args: argparse.Namespace, mixed: bool) -> Callable[[Tens
     if mixed:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+
+
+def create_timm_model(args: argparse.Namespace, classes: int) -> nn.Module:
+    """The timm model `args.model`. A model that is built for one image size gets `input_size`, and its `drop` in the
+    projections and MLPs of its blocks; any other has it before the classifier."""
+    cfg = timm.get_pretrained_cfg(args.model)
+    if cfg is None or cfg.fixed_input_size:  # ours come without a cfg
+        own = {"img_size": args.input_size, "proj_drop_rate": args.drop}
+    else:
+        own = {"drop_rate": args.drop}
+    return timm.create_model(args.model, num_classes=classes, drop_path_rate=args.drop_path, **own)
 
 
 def no_flags(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import json
 import math
 import platform
@@ -25,7 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint, dist
-from common.args import DIGITS, parse
+from common.args import DIGITS, MAY_CHANGE, parse
 from common.augsub import AugSub
 from common.data import check_classes, create_mixup, evaluation_loader, open_data_set, training_loader
 from common.dist import Process
@@ -35,9 +36,6 @@ from common.recipe import Recipe, create_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = "args.json"
-# what may differ between a run and its continuation without making another run of it
-MAY_CHANGE = {"output_dir", "resume", "eval", "device", "num_workers", "pin_mem", "log_interval", "data_path",
-              "dist_eval", "start_epoch", "compile", "channels_last", "variant"}  # fmt: skip
 
 
 def run(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
@@ -102,7 +100,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
     model = create_model(recipe, args, classes)
     if args.finetune and not source:
         checkpoint.load_weights(model, fetch(args.finetune), recipe.adapt_weights, new_head=True)
-    augsub = AugSub(model, args.augsub, args.augsub_ratio)
+    augsub = AugSub(model, args.augsub, args.augsub_ratio, block=args.augsub_block)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(process.device).to(memory_format=memory_format)
     ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
@@ -203,7 +201,10 @@ def wrapped(model: nn.Module, args: argparse.Namespace, process: Process) -> nn.
     if process.world_size == 1:
         return model
     ids = [process.device.index] if process.device.type == "cuda" else None
-    return DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # batch statistics are averaged at the end of each epoch instead; torch 2.15 renames the argument
+    new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    own_buffers: Any = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **own_buffers)
 
 
 def resume_from(args: argparse.Namespace) -> str:

@@ -48,6 +48,8 @@ def _register(name: str, **shape: Any) -> None:
     globals()[name] = register_model(entry)
 
 
+# for the digits at 32 pixels; with four blocks LayerScale need not start near 0
+_register("deit_pico_patch8_LS", patch_size=8, embed_dim=64, depth=4, num_heads=2, init_values=0.1)
 _register("deit_tiny_patch16_LS", patch_size=16, embed_dim=192, depth=12, num_heads=3)
 _register("deit_small_patch16_LS", patch_size=16, embed_dim=384, depth=12, num_heads=6)
 _register("deit_medium_patch16_LS", patch_size=16, embed_dim=512, depth=12, num_heads=8)

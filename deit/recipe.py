@@ -6,10 +6,9 @@ import argparse
 from functools import partial
 from typing import Any
 
-import timm
 from torch import nn
 
-from common.recipe import Recipe, epoch_schedule, lr_per_512
+from common.recipe import Recipe, create_timm_model, epoch_schedule, lr_per_512
 from deit.models import adapt_weights, train_attention_only
 
 # The paper's settings. A row of the table is one of these with a model, its regularisation and its batch.
@@ -56,7 +55,32 @@ VARIANTS = {
     "huge_finetune": FINETUNE | {"model": "deit_huge_patch14_LS", "batch_size": 8, "drop_path": 0.55},
 }
 
-DIGITS: dict[str, Any] = {}
+# Without mixing, flips and colours, which a digit does not survive or does not have.
+DIGITS = {
+    "model": "deit_pico_patch8_LS",
+    "input_size": 32,
+    "epochs": 80,
+    "batch_size": 64,
+    "opt": "fusedlamb",
+    "opt_eps": 1e-6,
+    "lr": 1.6e-2,
+    "unscale_lr": True,
+    "bce_loss": True,
+    "smoothing": 0.0,
+    "drop_path": 0.0,
+    "color_jitter": None,
+    "aa": None,
+    "hflip": 0.0,
+    "scale": (0.5, 1.0),
+    "remode": "const",
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "repeated_aug": False,
+    "eval_crop_ratio": 1.0,
+    "model_ema_decay": 0.99,
+    "amp": "off",
+    "num_workers": 0,  # two loader processes beside two compute threads are no faster on two cores
+}
 
 NO_DISTILLATION = "distillation is not offered here: AugSub's target is the model's own output, there is no teacher"
 
@@ -91,13 +115,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
-    model = timm.create_model(
-        args.model,
-        num_classes=classes,
-        img_size=args.input_size,
-        proj_drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-    )
+    model = create_timm_model(args, classes)
     if args.attn_only:
         train_attention_only(model)
     return model

@@ -1,19 +1,22 @@
 """Plain training against AugSub on the embedded digits: mean and standard deviation over seeds.
 
-    python scripts/compare_digits.py deit/main.py --augsub none masking --seeds 5
+    python scripts/compare_digits.py deit/main.py --augsub none masking --seeds 5 --jobs 2
 
-Runs the entry point once for each drop and seed, a process each, and reads the figures from their log.txt. Flags that
-this script does not know go to the entry point. A second call runs only what is missing.
+Runs the entry point once for each drop and seed, `--jobs` of them side by side with an equal share of the cores, and
+reads the figures from their log.txt. Flags that this script does not know go to the entry point. A second call runs
+only what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,22 +28,31 @@ def main() -> None:
     parser.add_argument("entry", help="entry point, e.g. deit/main.py")
     parser.add_argument("--augsub", nargs="+", default=["none", "masking"])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--output-dir", type=Path, default=Path("output/compare"))
     args, flags = parser.parse_known_args()
     recipe = Path(args.entry).parent.name
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = {
+            kind: [
+                pool.submit(measure, args.entry, kind, seed, args.output_dir / recipe, threads, flags)
+                for seed in range(args.seeds)
+            ]
+            for kind in args.augsub
+        }
     print(f"| {recipe} | final training loss, main model | test accuracy, % | seconds | n |\n|---|---|---|---|---|")
-    for kind in args.augsub:
-        runs = [
-            measure(args.entry, kind, seed, args.output_dir / recipe / f"{kind}-{seed}", flags)
-            for seed in range(args.seeds)
-        ]
-        losses, accuracies, seconds = zip(*runs)
+    for kind, runs in results.items():
+        losses, accuracies, seconds = zip(*(run.result() for run in runs))
         columns = [spread(losses, 4), spread(accuracies, 2), spread(seconds, 0), str(len(runs))]
         print("|", " | ".join([kind, *columns]), "|", flush=True)
 
 
-def measure(entry: str, kind: str, seed: int, folder: Path, flags: list[str]) -> tuple[float, float, float]:
+def measure(
+    entry: str, kind: str, seed: int, parent: Path, threads: int, flags: list[str]
+) -> tuple[float, float, float]:
     """One run → the last epoch's training loss and test accuracy, and the seconds it took."""
+    folder = parent / f"{kind}-{seed}"
     took = folder / "seconds.json"
     if not took.exists():
         start = time.time()
@@ -54,9 +66,10 @@ def measure(entry: str, kind: str, seed: int, folder: Path, flags: list[str]) ->
             "--output-dir",
             str(folder),
         ]
-        done = subprocess.run([*command, *flags], capture_output=True, text=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
         if done.returncode:
-            sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
         took.write_text(json.dumps(time.time() - start))
     last = json.loads((folder / "log.txt").read_text().splitlines()[-1])
     return last["train_loss"], last["test_acc1"], json.loads(took.read_text())

@@ -1,0 +1,106 @@
+"""Geometry of the masks: which blocks, how many, for which images."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+
+from common.masking import PixelMask, TokenMask, block_mask
+
+SWIN = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "img_size": 64, "window_size": 8, "num_classes": 5}
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.25, 0.5, 0.75, 0.99])
+def test_hides_the_stated_number_of_aligned_blocks_in_each_image(ratio):
+    mask = block_mask(16, (56, 56), (8, 8), ratio)
+    blocks = mask.view(16, 7, 8, 7, 8).permute(0, 1, 3, 2, 4).flatten(3).float().mean(3)
+    assert set(blocks.unique().tolist()) <= {0.0, 1.0}, "a block is hidden whole or not at all"
+    assert (blocks.sum((1, 2)) == 49 - max(1, int(49 * (1 - ratio)))).all(), "one block always stays"
+
+
+def test_every_image_has_its_own_blocks_and_every_block_its_turn():
+    torch.manual_seed(0)
+    mask = block_mask(4000, (7, 7), (1, 1), 0.5)
+    assert len(mask.flatten(1).unique(dim=0)) > 3990
+    share = mask.float().mean(0)
+    # hidden 25 of 49: the share of each block is binomial, standard deviation 0.0079
+    assert (share - 25 / 49).abs().max() < 5 * 0.0079
+    assert torch.corrcoef(mask.flatten(1).float().T).fill_diagonal_(0).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("grid", [(50, 37), (7, 7), (33, 64)])
+def test_odd_sizes_get_partial_blocks_and_the_right_share_on_average(grid):
+    torch.manual_seed(0)
+    mask = block_mask(3000, grid, (8, 8), 0.5)
+    assert mask.shape == (3000, *grid)
+    n = -(-grid[0] // 8) * -(-grid[1] // 8)
+    expected = (n - max(1, int(n * 0.5))) / n
+    assert abs(mask.float().mean().item() - expected) < 0.02
+
+
+def test_mask_token_takes_the_place_of_whole_blocks_after_the_patch_embedding():
+    model = timm.create_model("swin_tiny_patch4_window7_224", **SWIN)
+    mask = TokenMask.on(model)
+    assert TokenMask.on(model) is mask, "a second AugSub uses the mask that is there"
+    x = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        plain = model.patch_embed(x)
+        mask.ratio = 0.5
+        masked = model.patch_embed(x)
+        model.eval()
+        assert torch.equal(model.patch_embed(x), plain), "masks act in training mode only"
+    hidden = (masked != plain).any(-1)  # (3, 16, 16) tokens, in blocks of 8
+    assert hidden.view(3, 2, 8, 2, 8).permute(0, 1, 3, 2, 4).flatten(3).float().mean(3).sum((1, 2)).tolist() == [2] * 3
+    assert torch.equal(masked[hidden], model.mask_token[0].expand(int(hidden.sum()), -1))
+
+
+def test_mask_token_starts_as_upstreams_and_has_no_weight_decay():
+    from argparse import Namespace
+
+    from common.recipe import weight_decay_groups
+
+    model = timm.create_model("swin_tiny_patch4_window7_224", **SWIN | {"embed_dim": 256, "num_heads": (4, 8)})
+    TokenMask.on(model)
+    assert model.mask_token.shape == (1, 1, 256)
+    assert 0.015 < model.mask_token.std() < 0.025
+    exempt = [
+        p
+        for g in weight_decay_groups(model, Namespace(weight_decay=0.05))
+        if not g["weight_decay"]
+        for p in g["params"]
+    ]
+    assert any(p is model.mask_token for p in exempt)
+
+
+def test_a_copy_of_the_model_masks_with_its_own_token():
+    model = timm.create_model("swin_tiny_patch4_window7_224", **SWIN)
+    TokenMask.on(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.mask_token.fill_(7.0)
+        TokenMask.on(twin).ratio = 0.5
+        assert (twin.patch_embed(torch.randn(1, 3, 64, 64)) == 7).any()
+        assert not (model.patch_embed(torch.randn(1, 3, 64, 64)) == 7).any()
+
+
+def test_pixel_blocks_are_zeroed_before_a_convolutional_model_sees_them():
+    model = timm.create_model("resnet18", num_classes=5)
+    seen = []
+    mask = PixelMask.on(model)
+    model.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = torch.rand(4, 3, 224, 224) + 1
+    mask.ratio = 0.25
+    model(x)
+    hidden = seen[0] == 0
+    assert torch.equal(seen[0][~hidden], x[~hidden])
+    blocks = hidden.view(4, 3, 7, 32, 7, 32).permute(0, 1, 2, 4, 3, 5).flatten(4).float().mean(4)
+    assert set(blocks.unique().tolist()) == {0.0, 1.0}
+    assert (blocks[:, 0].sum((1, 2)) == 49 - int(49 * 0.75)).all()
+    assert torch.equal(blocks[:, 0], blocks[:, 2]), "all three channels alike"
+    assert torch.equal(x, x.clamp(min=1)), "the caller's images are left alone"
+    model.eval()
+    model(x)
+    assert torch.equal(seen[1], x)
