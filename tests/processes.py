@@ -1,0 +1,82 @@
+"""Several real processes over gloo: what the tests of `test_processes.py` run in each of them."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as torch_dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.augsub import AugSub
+from common.masking import block_mask
+
+SWIN = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "img_size": 64, "window_size": 8, "num_classes": 5}
+VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+CASES = [(name, kind, parts) for name in ("deit3_small_patch16_224", "swin_tiny_patch4_window7_224")
+         for kind in ("none", "masking") for parts in (1, 3)]  # fmt: skip
+BATCH = 12
+
+
+def build(name: str) -> nn.Module:
+    """The same small model in every process."""
+    torch.manual_seed(0)
+    model: Any = timm.create_model(name, drop_path_rate=0.0, **(SWIN if name.startswith("swin") else VIT))
+    return model.train()
+
+
+def joined_batch() -> tuple[Tensor, Tensor]:
+    """All processes' images and labels."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(BATCH, 3, 64, 64, generator=generator), torch.arange(BATCH) % 5
+
+
+def same_mask_for_all(model: nn.Module) -> None:
+    """Makes the drop hide the same patches of every image, so that it does not matter which process draws them."""
+    import common.masking as masking
+
+    masking.block_mask = lambda batch, *rest: block_mask(1, *rest).expand(batch, -1, -1)  # type: ignore[assignment]
+    if hasattr(model, "patch_drop"):
+        model.patch_drop.forward = lambda x: x[:, :33] if getattr(model.patch_drop, "prob", 0) else x  # type: ignore[union-attr]
+
+
+def gradients(
+    model: nn.Module, called: nn.Module, augsub: AugSub, x: Tensor, y: Tensor, parts: int
+) -> dict[str, Tensor]:
+    """Gradients of one update from `parts` micro-batches."""
+    for part, (images, labels) in enumerate(zip(x.chunk(parts), y.chunk(parts)), start=1):
+        torch.manual_seed(5)
+        for loss in augsub.losses(called, images, labels, F.cross_entropy, sync=part == parts):
+            (loss / parts).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def ddp_steps(rank: int, world: int, folder: Path) -> None:
+    """Gradients and the number of all-reduces of a DDP step in each case → a file of the first process."""
+    torch.set_num_threads(1)
+    torch_dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    results = {}
+    for name, kind, parts in CASES:
+        model = build(name)
+        augsub = AugSub(model, kind, 0.5)
+        same_mask_for_all(model)
+        ddp = DistributedDataParallel(model, bucket_cap_mb=1000)
+        rounds: list[int] = []
+
+        def count(state: list[int], bucket: torch_dist.GradBucket) -> torch.futures.Future[Tensor]:
+            state.append(bucket.index())
+            work = torch_dist.all_reduce(bucket.buffer().div_(torch_dist.get_world_size()), async_op=True)
+            return work.get_future().then(lambda done: done.value()[0])
+
+        ddp.register_comm_hook(rounds, count)
+        x, y = joined_batch()
+        # micro-batch m of all processes together is micro-batch m of the joined batch
+        share = [torch.arange(BATCH).chunk(parts)[part].chunk(world)[rank] for part in range(parts)]
+        mine = torch.cat(share)
+        results[name, kind, parts] = gradients(model, ddp, augsub, x[mine], y[mine], parts), list(rounds)
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+    torch_dist.barrier()
+    torch_dist.destroy_process_group()
