@@ -49,26 +49,27 @@ class Log:
         """Opens the bar of an epoch."""
         if self.speaks and sys.stderr.isatty():
             self.bar = tqdm(
-                total=self.updates, desc=f"epoch {epoch + 1}/{self.epochs}", dynamic_ncols=True, leave=False
+                total=self.updates,
+                desc=f"epoch {epoch + 1}/{self.epochs}",
+                bar_format="{desc} {percentage:3.0f}%|{bar}|{postfix}",
+                dynamic_ncols=True,
+                leave=False,
             )
 
     def report(self, epoch: int, report: Report) -> None:
         """Shows and records one report of the training loop."""
         if not self.speaks:
             return
-        parts = {"loss": f"{report.loss:.4f}"}
-        if report.sub_loss is not None:
-            parts["sub"] = f"{report.sub_loss:.4f}"
-        parts |= {"lr": f"{report.lr:.2e}", "img/s": f"{report.images_per_second:.0f}"}
+        sub = "" if report.sub_loss is None else f"  sub {report.sub_loss:.4f}"
+        figures = f"loss {report.loss:.4f}{sub}  lr {report.lr:.1e}  {report.images_per_second:.0f} img/s"
         done = (epoch - self.start_epoch) * self.updates + report.update
         left = (self.epochs - self.start_epoch) * self.updates - done
-        eta = duration((time.time() - self.began) / done * left)
+        figures += f"  left {duration((time.time() - self.began) / done * left)}"
         if self.bar is not None:
-            self.bar.set_postfix(parts | {"left": eta}, refresh=False)
-            self.bar.update(report.update - self.bar.n)
+            self.bar.n = report.update
+            self.bar.set_postfix_str(figures)
         else:
-            shown = "  ".join(f"{name} {value}" for name, value in parts.items())
-            self.line(f"epoch {epoch + 1}/{self.epochs}  step {report.update}/{report.updates}  {shown}  left {eta}")
+            self.line(f"epoch {epoch + 1}/{self.epochs}  step {report.update}/{report.updates}  {figures}")
         step = epoch * self.updates + report.update
         self.scalars({"train/loss": report.loss, "train/sub_loss": report.sub_loss, "train/lr": report.lr,
                       "speed/images_per_second": report.images_per_second}, step)  # fmt: skip

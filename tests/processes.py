@@ -37,7 +37,7 @@ def same_mask_for_all(model: nn.Module) -> None:
     """Makes the drop hide the same patches of every image, so that it does not matter which process draws them."""
     import common.masking as masking
 
-    masking.block_mask = lambda batch, *rest: block_mask(1, *rest).expand(batch, -1, -1)  # type: ignore[assignment]
+    masking.block_mask = lambda batch, *rest: block_mask(1, *rest).expand(batch, -1, -1)
     if hasattr(model, "patch_drop"):
         model.patch_drop.forward = lambda x: x[:, :33] if getattr(model.patch_drop, "prob", 0) else x  # type: ignore[union-attr]
 

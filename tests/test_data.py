@@ -38,7 +38,7 @@ def settings(*flags: str):
     return parse(RECIPE, ["--num-workers", "0", "--batch-size", "4", "--input-size", "32", *flags])
 
 
-def first_batches(args, data, epoch: int = 0, batches: int = 3):
+def first_batches(args, data, epoch=0, batches=3):
     loader, _ = training_loader(args, data, ALONE)
     loader.sampler.set_epoch(epoch)
     return [(images, labels) for _, (images, labels, _) in zip(range(batches), loader)]
@@ -178,7 +178,7 @@ def test_train_and_val_need_the_same_classes(jpegs):
 def test_validation_may_be_called_validation(jpegs):
     folder = jpegs()
     (folder / "val").rename(folder / "validation")
-    assert len(open_data_set(settings("--data-path", str(folder)), train=False)) == 12  # type: ignore[arg-type]
+    assert len(open_data_set(settings("--data-path", str(folder)), train=False)) == 12
 
 
 def test_inaturalist_is_read_at_the_level_asked_for(tmp_path):
@@ -246,7 +246,7 @@ def test_transforms_are_the_recipes(jpegs):
     assert three == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "AutoAugment", "ColorJitter",
                      "MaybeToTensor", "Normalize"]  # fmt: skip
     src = training_transform(settings("--src", "--ThreeAugment", "--data-path", "x"))
-    assert [type(op).__name__ for op in src.transforms[0].transforms[0].transforms] == ["Resize", "RandomCrop"]  # type: ignore[attr-defined]
+    assert [type(op).__name__ for op in src.transforms[0].transforms[0].transforms] == ["Resize", "RandomCrop"]
     assert src(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
     ours = evaluation_transform(settings("--eval-crop-ratio", "0.875", "--data-path", "x"))(image)
