@@ -22,7 +22,8 @@ DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", DIGITS)
 
 # what may differ between a run and its continuation without making another run of it
 MAY_CHANGE = {"output_dir", "resume", "eval", "device", "num_workers", "pin_mem", "log_interval", "data_path",
-              "dist_eval", "start_epoch", "compile", "channels_last", "variant"}  # fmt: skip
+              "data_dir", "dist_eval", "start_epoch", "compile", "channels_last", "variant", "save_freq",
+              "throughput"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,22 +74,27 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
     first, _ = parser.parse_known_args(argv)
     if first.variant is not None:
         parser.set_defaults(**recipe.variants[first.variant])
+    try:
+        from_files = recipe.from_files(first)
+    except ValueError as error:
+        parser.error(str(error))
+    data_path = first.data_path or getattr(first, "data_dir", None) or from_files.get("data_path")
     data_set = first.data_set
     if data_set is None:
-        data_set = "IMNET" if first.data_path else DIGITS
+        data_set = "IMNET" if data_path else DIGITS
     if data_set == DIGITS:
         if first.variant is not None and first.data_set is None:
             parser.error(f"--variant {first.variant} trains on ImageNet: --data-path says where it is")
         if first.variant is None:
             parser.set_defaults(**recipe.digits)
-    parser.set_defaults(data_set=data_set)
+    parser.set_defaults(**{**from_files, "data_set": data_set, "data_path": data_path})
     try:
         args = parser.parse_args(argv)
         args.recipe = recipe.name
-        if data_set == DIGITS and not args.output_dir:
+        if data_set == DIGITS and args.output_dir == parser.get_default("output_dir"):
             args.output_dir = digits_folder(parser, args)
-        check(args)
         recipe.check(args)
+        check(args)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -119,7 +125,7 @@ def check(args: argparse.Namespace) -> None:
     if args.data_set != DIGITS and not args.data_path and not args.data_set.startswith("hf"):
         raise ValueError(f"--data-set {args.data_set} needs --data-path, the folder that holds it")
     at_least = {"batch_size": 1, "epochs": 1, "accum_iter": 1, "log_interval": 1, "input_size": 1, "num_workers": 0,
-                "augsub_block": 1}  # fmt: skip
+                "augsub_block": 1, "save_freq": 1}  # fmt: skip
     for name, least in at_least.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{hyphenated('--' + name)[2:]} {getattr(args, name)}: at least {least} is needed")
@@ -157,6 +163,8 @@ def create_parser(recipe: Recipe) -> Parser:
     add("--resume", default="", help="checkpoint to continue from; by default the one in the output folder")
     add("--start-epoch", type=int, default=0, help="epoch to start at, where --resume does not say")
     add("--eval", action="store_true", help="evaluate and leave")
+    add("--throughput", action="store_true", help="measure images/s of the model in evaluation and leave")
+    add("--save-freq", type=int, default=1, help="epochs between checkpoints; the last and the best are always kept")
     add("--dist-eval", action=switch, default=False, help="kept for upstream's sake: evaluation is always shared out "
         "over the processes, each image counted once")  # fmt: skip
     add("--seed", type=int, default=0)
@@ -170,12 +178,10 @@ def create_parser(recipe: Recipe) -> Parser:
     add = group.add_argument
     add("--augsub", choices=KINDS, default="none", help="drop technique of the sub-model; none is the plain recipe")
     add("--augsub-ratio", type=float, default=0.5, help="drop probability of the sub-model, in [0, 1)")
-    add(
-        "--augsub-block",
-        type=int,
-        default=BLOCK,
-        help="side of a hidden block in pixels, for models that keep their grid",
-    )
+    add("--augsub-block", type=int, default=BLOCK, help="side of a hidden block in pixels, for models that keep their "
+        "grid")  # fmt: skip
+    add("--augsub-bn", choices=("shared", "main"), default="shared", help="whether the sub-model's pass counts in the "
+        "running batch statistics, as upstream's does, or the main model's alone")  # fmt: skip
 
     group = parser.add_argument_group("model")
     add = group.add_argument
@@ -253,6 +259,8 @@ def create_parser(recipe: Recipe) -> Parser:
     add("--val-split", default="validation", help="split of a timm data set to evaluate on")
     add("--inat-category", default="name", help="level of iNaturalist's taxonomy",
         choices=("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"))  # fmt: skip
+    add("--crop-mode", choices=("center", "squash", "border"), default="center", help="evaluation: crop the centre, "
+        "squash to a square, or pad")  # fmt: skip
     add("--eval-crop-ratio", "--crop-pct", type=float, default=0.875, help="share of the resized image that is kept")
     add("--num-workers", "--workers", type=int, default=min(10, os.cpu_count() or 1),
         help="data-loading processes of each process; 10, or as many as there are cores")  # fmt: skip

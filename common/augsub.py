@@ -44,21 +44,36 @@ class AugSub:
             model gains a `mask_token`), so do this before making the optimizer, DDP or a compiled model.
         kind: "masking", "dropout", "droppath", or "none" for the plain recipe.
         ratio: the drop probability p of the sub-model, in [0, 1); 0.5 throughout the paper.
+        batch_norm: "shared" lets both passes update the running batch statistics, as upstream does; "main" the main
+            pass alone. Both passes normalise with their own batch's statistics.
         block: side of a block that a mask token or pixel mask hides, in pixels; token drop has no blocks.
 
     Raises:
         ValueError: an unknown kind, a ratio outside [0, 1), a wrapped model, or a drop the model has no place for.
     """
 
-    def __init__(self, model: nn.Module, kind: str = "masking", ratio: float = 0.5, *, block: int = BLOCK):
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: str = "masking",
+        ratio: float = 0.5,
+        *,
+        block: int = BLOCK,
+        batch_norm: str = "shared",
+    ):
         if kind not in KINDS:
             raise ValueError(f"unknown drop {kind!r}: choose one of {', '.join(KINDS)}")
+        if batch_norm not in ("shared", "main"):
+            raise ValueError(f"unknown batch_norm {batch_norm!r}: choose shared or main")
         if not 0 <= ratio < 1:
             raise ValueError(f"drop ratio {ratio} is outside [0, 1)")
         if hasattr(model, "no_sync") or hasattr(model, "_orig_mod"):
             raise ValueError(f"make AugSub from the bare model, before {type(model).__name__} wraps it")
         self.kind, self.ratio = kind, ratio
         self.drop, self._switches = ("plain", []) if kind == "none" else _install(model, kind, ratio, block)
+        if batch_norm == "main":
+            norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
+            self._switches += [_Switch(norm, "momentum", 0.0) for norm in norms]
 
     def __repr__(self) -> str:
         return f"AugSub({self.kind}, ratio={self.ratio}, {self.drop})"
@@ -79,7 +94,7 @@ class AugSub:
         before = [getattr(switch.module, switch.name) for switch in self._switches]
         try:
             for switch in self._switches:
-                setattr(switch.module, switch.name, self.ratio)
+                setattr(switch.module, switch.name, switch.within)
             yield
         finally:
             for switch, rate in zip(self._switches, before):
@@ -151,6 +166,7 @@ def drops(model: nn.Module) -> dict[str, str]:
 class _Switch(NamedTuple):
     module: Any  # whose attribute
     name: str  # holds a drop rate
+    within: float  # and this value in the sub-model
 
 
 def _install(model: nn.Module, kind: str, ratio: float, block: int) -> tuple[str, list[_Switch]]:
@@ -160,14 +176,14 @@ def _install(model: nn.Module, kind: str, ratio: float, block: int) -> tuple[str
     if ratio == 0:  # the sub-model is the main model; a mask token would be a parameter without a gradient
         return offered[kind], []
     if kind == "masking":
-        return offered[kind], [_install_mask(model, block)]
+        return offered[kind], [_install_mask(model, ratio, block)]
     if kind == "dropout":
-        return offered[kind], [_Switch(module, "p") for module in _dropouts(model)]
+        return offered[kind], [_Switch(module, "p", ratio) for module in _dropouts(model)]
     switches = []
     for branch, name in _drop_paths(model):
         if not isinstance(getattr(branch, name), DropPath):
             setattr(branch, name, DropPath(0.0).train(branch.training))
-        switches.append(_Switch(getattr(branch, name), "drop_prob"))
+        switches.append(_Switch(getattr(branch, name), "drop_prob", ratio))
     return offered[kind], switches
 
 
@@ -177,18 +193,18 @@ def _mask_name(model: nn.Module) -> str:
     return TokenMask.name if patch_embedding(model) is not None else PixelMask.name
 
 
-def _install_mask(model: nn.Module, block: int) -> _Switch:
+def _install_mask(model: nn.Module, ratio: float, block: int) -> _Switch:
     name = _mask_name(model)
     if name != "token drop":
-        return _Switch((TokenMask if name == TokenMask.name else PixelMask).on(model, block), "ratio")
+        return _Switch((TokenMask if name == TokenMask.name else PixelMask).on(model, block), "ratio", ratio)
     if not hasattr(model, "patch_drop"):  # Hiera drops whole mask units itself
-        return _Switch(model, "patch_drop_rate")
+        return _Switch(model, "patch_drop_rate", ratio)
     if not isinstance(model.patch_drop, (PatchDropout, PatchDropoutWithIndices)):
         # a model with rotary or variable-length positions holds None here and wants to know which tokens were kept
         layer = PatchDropoutWithIndices if model.patch_drop is None else PatchDropout
         prefix = getattr(model, "num_prefix_tokens", 0)
         model.patch_drop = layer(0.0, num_prefix_tokens=prefix).train(model.training)
-    return _Switch(model.patch_drop, "prob")
+    return _Switch(model.patch_drop, "prob", ratio)
 
 
 def _dropouts(model: nn.Module) -> list[nn.Dropout]:

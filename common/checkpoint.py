@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent, loaded without running code, from us, from upstream and from timm.
 
 Ours hold `model`, `model_ema`, `optimizer`, `scaler`, `epoch`, `best` and `args`, with weights under timm's own names,
-so `timm.create_model(name, checkpoint_path=…)` takes them as they are.
+so `timm.create_model(name, checkpoint_path=…)` takes them as they are. AugSub's mask token, which timm's models do not
+have, stands apart under `mask_tokens`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
+MASK_TOKENS = "mask_tokens"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -35,7 +37,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
             if weight.is_floating_point() and not weight.isfinite().all():
                 raise FloatingPointError(f"{name} of the {part} holds values that are not finite")
     with replacing(path) as file:
-        torch.save(state, file)
+        torch.save(without_mask_token(state), file)
 
 
 @contextmanager
@@ -67,6 +69,16 @@ def keep_as(path: Path, other: Path) -> None:
         os.replace(aside, other)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def without_mask_token(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a checkpoint with the mask tokens of its models moved to an entry of their own."""
+    tokens, moved = {}, dict(state)
+    for part in ("model", "model_ema"):
+        if state.get(part) and "mask_token" in state[part]:
+            moved[part] = {name: weight for name, weight in state[part].items() if name != "mask_token"}
+            tokens[part] = state[part]["mask_token"]
+    return moved | {MASK_TOKENS: tokens}
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -114,6 +126,7 @@ def load_weights(
     adapt: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
     part: str = "model",
     new_head: bool = False,
+    head_std: float | None = None,
     content: dict[str, Any] | None = None,
 ) -> None:
     """Puts a checkpoint's weights into a model.
@@ -124,22 +137,26 @@ def load_weights(
         adapt: turns upstream's names and shapes into the model's.
         part: "model" or "model_ema".
         new_head: leave the classifier as it is where the checkpoint's has another shape.
+        head_std: draws the classifier's weights anew with this standard deviation where the file has none that fit.
         content: what `load` returned for it.
 
     Raises:
         ValueError: the checkpoint is of another architecture; names the tensors that differ.
     """
-    state = adapt(weights(load(path) if content is None else content, part), model)
+    content = load(path) if content is None else content
+    state = adapt(weights(content, part), model)
     own = model.state_dict()
-    if "mask_token" not in own:  # AugSub's, of no use to the plain model
+    if "mask_token" in own:  # AugSub's, which a plain run's checkpoint does not have
+        state.setdefault("mask_token", content.get(MASK_TOKENS, {}).get(part, own["mask_token"]))
+    else:
         state.pop("mask_token", None)
-    elif "mask_token" not in state:
-        state["mask_token"] = own["mask_token"]
     if new_head:
         classifier = tuple(_classifier_names(model))
         for name in [n for n in own if n.startswith(classifier)]:
             if name not in state or state[name].shape != own[name].shape:
-                state[name] = own[name]
+                state[name] = own[name].clone()
+                if head_std is not None:
+                    nn.init.trunc_normal_(state[name], std=head_std) if own[name].ndim > 1 else state[name].zero_()
     differences = [f"{name} {tuple(state[name].shape)} where the model has {tuple(own[name].shape)}"
                    for name in own if name in state and state[name].shape != own[name].shape]  # fmt: skip
     differences += [f"{name} is missing" for name in own if name not in state]

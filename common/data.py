@@ -7,9 +7,12 @@ number of loader processes nor their timing plays a part. Unreadable images are 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import random
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +35,7 @@ from common.dist import Process
 # what PIL and the readers raise on files that are no image, cut short, or too large to be one; RuntimeError is timm's
 # word for a sample that failed as often as it was tried
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error,
+              zipfile.BadZipFile,
               Image.DecompressionBombError)  # fmt: skip
 UNREADABLE_SHARE = 0.01
 REPEATS = 3
@@ -101,6 +105,31 @@ class INaturalist(datasets.VisionDataset):
         return datasets.folder.default_loader(path), target
 
 
+class ZipFolder(datasets.VisionDataset):
+    """Images in <split>.zip, listed with their labels in <split>_map.txt: a path in the archive, a tab, a number."""
+
+    def __init__(self, root: Path, split: str):
+        super().__init__(root)
+        self.archive = root / f"{split}.zip"
+        lines = (root / f"{split}_map.txt").read_text().splitlines()
+        self.samples = [(path, int(label)) for path, _, label in (line.partition("\t") for line in lines if line)]
+        self.classes = [str(label) for label in range(1 + max(label for _, label in self.samples))]
+        self.opened: tuple[int, zipfile.ZipFile] | None = None
+        with zipfile.ZipFile(self.archive) as archive:
+            missing = {path for path, _ in self.samples} - set(archive.namelist())
+        if missing:
+            raise OSError(f"{self.archive.name} does not hold {min(missing)}")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        if self.opened is None or self.opened[0] != os.getpid():  # a file position is not shared with other processes
+            self.opened = os.getpid(), zipfile.ZipFile(self.archive)
+        return Image.open(io.BytesIO(self.opened[1].read(path))), label
+
+
 def open_data_set(args: argparse.Namespace, train: bool) -> Dataset:
     """The training or evaluation images as (PIL image, label).
 
@@ -113,6 +142,8 @@ def open_data_set(args: argparse.Namespace, train: bool) -> Dataset:
     try:
         if name == DIGITS:
             return Digits(train)
+        if name == "IMNET" and getattr(args, "zip", False):
+            return ZipFolder(Path(root), "train" if train else "val")
         if name == "IMNET":
             return _folder(Path(root), train)
         if name in ("CIFAR", "CIFAR10"):
@@ -127,7 +158,16 @@ def open_data_set(args: argparse.Namespace, train: bool) -> Dataset:
             batch_size=args.batch_size,
             seed=args.seed,
         )
-    except (OSError, RuntimeError, AssertionError, ImportError, KeyError, json.JSONDecodeError, NameError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        AssertionError,
+        ImportError,
+        LookupError,
+        NameError,
+        json.JSONDecodeError,
+        zipfile.BadZipFile,
+    ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"--data-set {name}: no images could be read from {root or name} ({reason})") from error
 
@@ -281,7 +321,9 @@ def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tu
         length = len(data) // process.world_size  # type: ignore[arg-type]
     else:
         if args.repeated_aug:
-            order: Any = RepeatAugSampler(data, process.world_size, process.rank, num_repeats=REPEATS)
+            order: Any = RepeatAugSampler(
+                data, process.world_size, process.rank, num_repeats=getattr(args, "aug_repeats", 0) or REPEATS
+            )
         else:
             order = DistributedSampler(data, process.world_size, process.rank, seed=args.seed, drop_last=True)
         sampler = SeededSampler(order, args.seed, process.rank)
@@ -354,7 +396,9 @@ def training_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tens
 
 def evaluation_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tensor]:
     """Resize to int(size / eval_crop_ratio), bicubic, and crop the centre."""
-    return create_transform(args.input_size, interpolation="bicubic", crop_pct=args.eval_crop_ratio)
+    return create_transform(
+        args.input_size, interpolation="bicubic", crop_pct=args.eval_crop_ratio, crop_mode=args.crop_mode
+    )
 
 
 def create_mixup(args: argparse.Namespace, classes: int) -> Mixup | None:

@@ -27,9 +27,13 @@ class Log:
             cut off in the middle, are taken out.
         updates: optimizer steps in an epoch.
         epochs: epochs of the run.
+        curve_steps: points of an epoch on the axis of TensorBoard's curves; None counts optimizer steps.
+        curves: folder for TensorBoard's curves, where it is not one in `folder`.
     """
 
-    def __init__(self, folder: Path | None, speaks: bool, start_epoch: int, updates: int, epochs: int):
+    def __init__(self, folder: Path | None, speaks: bool, start_epoch: int, updates: int, epochs: int,
+                 curve_steps: int | None = None, curves: str | None = None):  # fmt: skip
+        self.curve_steps = curve_steps or updates
         self.folder, self.speaks, self.updates, self.epochs = folder, speaks, updates, epochs
         self.start_epoch = start_epoch
         self.bar: tqdm | None = None
@@ -37,7 +41,8 @@ class Log:
         self.began = time.time()
         if speaks and folder is not None:
             _drop_from(folder / LOG, start_epoch)
-            self.curves = SummaryWriter(str(folder / CURVES), purge_step=start_epoch * updates)
+            purge = start_epoch * self.curve_steps
+            self.curves = SummaryWriter(curves or str(folder / CURVES), purge_step=purge)
 
     def line(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
@@ -70,7 +75,7 @@ class Log:
             self.bar.set_postfix_str(figures)
         else:
             self.line(f"epoch {epoch + 1}/{self.epochs}  step {report.update}/{report.updates}  {figures}")
-        step = epoch * self.updates + report.update
+        step = self.step(epoch, report.update)
         self.scalars({"train/loss": report.loss, "train/sub_loss": report.sub_loss, "train/lr": report.lr,
                       "speed/images_per_second": report.images_per_second}, step)  # fmt: skip
 
@@ -79,6 +84,10 @@ class Log:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+    def step(self, epoch: int, update: int) -> int:
+        """Where an epoch's update, counted from 1, lies on the curves' axis."""
+        return epoch * self.curve_steps + update * self.curve_steps // self.updates
 
     def scalars(self, values: dict[str, float | None], step: int) -> None:
         """Adds points to TensorBoard's curves; a step is an optimizer step."""

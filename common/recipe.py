@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import timm
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
@@ -46,6 +45,28 @@ def epoch_schedule(
     return set_lr
 
 
+def update_schedule(
+    optimizer: torch.optim.Optimizer, args: argparse.Namespace, updates_per_epoch: int, prefix: bool
+) -> SetLR:
+    """timm's schedules, one rate an update.
+
+    Args:
+        prefix: whether the schedule proper begins after the warm-up and fills what is left of the epochs, or has begun
+            behind it.
+    """
+    lasting = args.epochs - args.warmup_epochs if prefix else args.epochs
+    kwargs = scheduler_kwargs(args) | {"num_epochs": max(lasting, 1), "warmup_prefix": prefix, "cooldown_epochs": 0}
+    scheduler, _ = create_scheduler_v2(
+        optimizer, **kwargs | {"step_on_epochs": False, "updates_per_epoch": updates_per_epoch}
+    )
+
+    def set_lr(update: int) -> None:
+        if scheduler is not None:
+            scheduler.step_update(update)
+
+    return set_lr
+
+
 def classification_loss(args: argparse.Namespace, mixed: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of the main model, mean over the batch.
 
@@ -58,17 +79,6 @@ def classification_loss(args: argparse.Namespace, mixed: bool) -> Callable[[Tens
     if mixed:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
-
-
-def create_timm_model(args: argparse.Namespace, classes: int) -> nn.Module:
-    """The timm model `args.model`. A model that is built for one image size gets `input_size`, and its `drop` in the
-    projections and MLPs of its blocks; any other has it before the classifier."""
-    cfg = timm.get_pretrained_cfg(args.model)
-    if cfg is None or cfg.fixed_input_size:  # ours come without a cfg
-        own = {"img_size": args.input_size, "proj_drop_rate": args.drop}
-    else:
-        own = {"drop_rate": args.drop}
-    return timm.create_model(args.model, num_classes=classes, drop_path_rate=args.drop_path, **own)
 
 
 def no_flags(parser: argparse.ArgumentParser) -> None:
@@ -87,12 +97,15 @@ class Recipe:
         digits: settings for the embedded digits, used without a data path and a variant.
         create_model: (args, classes) → the bare model.
         add_flags: adds the flags that only this recipe has.
+        from_files: (first look at the arguments) → settings in the files that they name.
         check: looks over the parsed arguments, fills in what follows from others; raises ValueError.
+        new_head_std: standard deviation of a classifier that `--finetune` leaves new; None keeps the model's own.
         adapt_weights: (state dict in upstream's names, model) → state dict in the model's names.
         scale_lr: (args, global batch) → the arguments with the learning rates in force.
         schedule: (optimizer, args, updates per epoch) → function that sets the rates for an update, counted from 0.
         param_groups: (model, args) → the optimizer's parameter groups.
         loss: (args, mixed) → the main model's loss.
+        curve_steps: points of an epoch on TensorBoard's axis; None counts optimizer steps.
     """
 
     name: str
@@ -102,12 +115,15 @@ class Recipe:
     variants: Mapping[str, Settings] = field(default_factory=dict)
     digits: Settings = field(default_factory=dict)
     add_flags: Callable[[argparse.ArgumentParser], None] = no_flags
+    from_files: Callable[[argparse.Namespace], Settings] = lambda args: {}
     check: Callable[[argparse.Namespace], None] = lambda args: None
+    new_head_std: float | None = None
     adapt_weights: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] = lambda weights, model: weights
     scale_lr: Callable[[argparse.Namespace, int], argparse.Namespace] = lr_per_512
     schedule: Callable[[torch.optim.Optimizer, argparse.Namespace, int], SetLR] = epoch_schedule
     param_groups: Callable[[nn.Module, argparse.Namespace], list[dict[str, Any]]] = weight_decay_groups
     loss: Callable[[argparse.Namespace, bool], Callable[[Tensor, Tensor], Tensor]] = classification_loss
+    curve_steps: int | None = None
 
 
 def create_optimizer(recipe: Recipe, model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from common.recipe import Recipe, create_timm_model, epoch_schedule, lr_per_512
+from common.models import create_timm_model
+from common.recipe import Recipe, epoch_schedule, lr_per_512
 from deit.models import adapt_weights, train_attention_only
 
 # The paper's settings. A row of the table is one of these with a model, its regularisation and its batch.

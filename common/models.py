@@ -1,0 +1,72 @@
+"""Models by timm's names, and what the recipes' own names for them have in common."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import timm
+from timm.layers import resample_abs_pos_embed
+from timm.models import register_model
+from torch import Tensor, nn
+
+HUB = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
+
+def register(module: str, name: str, build: Callable[..., nn.Module], **shape: Any) -> None:
+    """Makes `timm.create_model(name)` call `build(**shape)`, once `module` is imported.
+
+    Args:
+        module: `__name__` of the module that holds the model.
+        name: the model's name.
+        build: makes the model from timm's keyword arguments.
+        shape: arguments that the name stands for; the caller of `create_model` may override them.
+    """
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained:
+            raise ValueError(f"{name} comes without weights: --finetune loads them from a file")
+        return build(**shape | {key: value for key, value in kwargs.items() if key not in HUB})
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__module__ = module
+    setattr(sys.modules[module], name, register_model(entry))
+
+
+def create_timm_model(args: argparse.Namespace, classes: int) -> nn.Module:
+    """The timm model `args.model`. A model that is built for one image size gets `input_size`, and its `drop` in the
+    projections and MLPs of its blocks; any other has it before the classifier.
+
+    Raises:
+        ValueError: timm knows no such model.
+    """
+    check_name(args.model)
+    cfg = timm.get_pretrained_cfg(args.model)
+    if cfg is None or cfg.fixed_input_size:  # ours come without a cfg
+        own = {"img_size": args.input_size, "proj_drop_rate": args.drop}
+    else:
+        own = {"drop_rate": args.drop}
+    return timm.create_model(args.model, num_classes=classes, drop_path_rate=args.drop_path, **own)
+
+
+def check_name(name: str) -> None:
+    """Refuses a name that timm does not know, with the nearest that it does."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        near = f": did you mean {' or '.join(close)}?" if close else ": timm.list_models() lists them"
+        raise ValueError(f"unknown model {name!r}{near}")
+
+
+def resample_positions(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The state dict with position embeddings of another image size interpolated, bicubic without antialiasing."""
+    weight = state.get("pos_embed")
+    if weight is not None and weight.shape[::2] == model.pos_embed.shape[::2]:
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        weight = resample_abs_pos_embed(
+            weight, model.patch_embed.grid_size, num_prefix_tokens=prefix, antialias=False, align_corners=False
+        )
+        return state | {"pos_embed": weight}
+    return state

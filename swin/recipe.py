@@ -1,0 +1,145 @@
+"""The Swin recipe (arXiv 2103.14030), as a delta over the common defaults, and the rows of its table."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import partial
+from typing import Any
+
+from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
+from torch import nn
+
+from common.recipe import Recipe, update_schedule
+from swin import config
+
+
+def row(name: str) -> dict[str, Any]:
+    """A row of the table is its configuration file, at the paper's batch of 8 processes x 128 images."""
+    return config.read(argparse.Namespace(cfg=f"configs/swin/swin_{name}_patch4_window7_224.yaml", opts=None))
+
+
+VARIANTS = {name: row(name) for name in ("tiny", "small", "base")}
+
+# Patches of 2 pixels and windows of 4 give 32 pixels three stages. Without mixing and flips, which a digit does not
+# survive; blocks are a quarter of the image, as on ImageNet a seventh.
+DIGITS = {
+    "model": "swin_pico_patch2_window4_32",
+    "input_size": 32,
+    "patch_size": 2,
+    "embed_dim": 24,
+    "depths": [1, 1, 2],
+    "num_heads": [1, 2, 4],
+    "window_size": 4,
+    "augsub_block": 8,
+    "epochs": 40,
+    "warmup_epochs": 2,
+    "batch_size": 64,
+    "lr": 2.4e-2,
+    "warmup_lr": 1e-5,
+    "min_lr": 1e-5,
+    "drop_path": 0.0,
+    "smoothing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "color_jitter": None,
+    "aa": None,
+    "hflip": 0.0,
+    "scale": (0.5, 1.0),
+    "remode": "const",
+    "eval_crop_ratio": 1.0,
+    "amp": "off",
+    "num_workers": 0,
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    switch = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("Swin").add_argument
+    add("--cfg", default=None, help="configuration file, such as configs/swin/swin_tiny_patch4_window7_224.yaml")
+    add("--opts", nargs="+", default=None, help="keys of the configuration and their values, KEY VALUE …")
+    add("--tag", default="default", help="last part of the output folder, <output>/<model name>/<tag>")
+    add("--use-checkpoint", action=switch, default=False, help="recompute activations in backward to save memory")
+    add("--auto-resume", action=switch, default=True, help="continue the run in the output folder")
+    add("--disable-amp", action="store_true", help="as --amp off")
+    add("--optim", default=None, help="as --opt")
+    add("--zip", action=switch, default=False, help="read train.zip and val.zip with train_map.txt and val_map.txt")
+    add("--cache-mode", default="part", choices=("no", "full", "part"), help="kept for upstream's sake: the operating "
+        "system caches files")  # fmt: skip
+    add("--amp-opt-level", default=None, help="kept for upstream's sake: O0 is --amp off")
+    add("--fused-window-process", action=switch, default=False, help="kept for upstream's sake: it needs its kernels")
+    add("--fused-layernorm", action=switch, default=False, help="kept for upstream's sake: PyTorch's is fused")
+    # what only a configuration sets
+    parser.set_defaults(patch_size=4, in_chans=3, embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24],
+                        window_size=7, mlp_ratio=4.0, qkv_bias=True, model_type="swin", test_crop=True,
+                        amp_enable=True)  # fmt: skip
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.model_type != "swin":
+        raise ValueError(f"MODEL.TYPE {args.model_type}: this trainer has swin")
+    if len(args.depths) != len(args.num_heads):
+        raise ValueError(f"MODEL.SWIN: {len(args.depths)} DEPTHS for {len(args.num_heads)} NUM_HEADS")
+    if args.disable_amp or not args.amp_enable or args.amp_opt_level == "O0":
+        args.amp = "off"
+    if args.optim:
+        args.opt = args.optim
+    if not args.test_crop:
+        args.eval_crop_ratio, args.crop_mode = 1.0, "squash"
+    if args.output_dir:
+        args.output_dir = os.path.join(args.output_dir, args.model, args.tag)
+
+
+def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
+    model = SwinTransformer(
+        img_size=args.input_size,
+        patch_size=args.patch_size,
+        in_chans=args.in_chans,
+        num_classes=classes,
+        embed_dim=args.embed_dim,
+        depths=tuple(args.depths),
+        num_heads=tuple(args.num_heads),
+        window_size=args.window_size,
+        mlp_ratio=args.mlp_ratio,
+        qkv_bias=args.qkv_bias,
+        proj_drop_rate=args.drop,
+        drop_path_rate=args.drop_path,
+    )
+    model.set_grad_checkpointing(args.use_checkpoint)
+    return model
+
+
+def scale_lr(args: argparse.Namespace, global_batch: int) -> argparse.Namespace:
+    """All three rates are stated for 512 images a step."""
+    scaled = {name: getattr(args, name) * global_batch / 512 for name in ("lr", "warmup_lr", "min_lr")}
+    return argparse.Namespace(**vars(args) | scaled)
+
+
+RECIPE = Recipe(
+    name="swin",
+    about="Training of Swin transformers, plain or with AugSub.",
+    defaults={
+        "model": "swin_tiny_patch4_window7_224",
+        "batch_size": 128,
+        "warmup_epochs": 20,
+        "warmup_lr": 5e-7,
+        "min_lr": 5e-6,
+        "clip_grad": 5.0,
+        "opt_betas": [0.9, 0.999],
+        "color_jitter": 0.4,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "num_workers": 8,
+        "output_dir": "output",
+        "log_interval": 10,
+    },
+    variants=VARIANTS,
+    digits=DIGITS,
+    create_model=create_model,
+    add_flags=add_flags,
+    check=check,
+    from_files=config.read,
+    adapt_weights=checkpoint_filter_fn,
+    scale_lr=scale_lr,
+    schedule=partial(update_schedule, prefix=False),
+)
