@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from typing import Any
 
@@ -206,8 +205,4 @@ def test_plain_timm_and_reference_masking_agree_on_the_drop_layer():
 
 @pytest.mark.parametrize("kind", ["none", "masking", "dropout", "droppath"])
 def test_golden_losses(kind):
-    check_golden(RECIPE, kind, ["--drop-path", "0.1", "--ThreeAugment", "--color-jitter", "0.3", "--mixup", "0.8"])
-
-
-def test_golden_file_names_every_recipe():
-    assert "deit" in json.loads((ROOT / "tests" / "reference" / "golden.json").read_text())
+    check_golden(RECIPE, kind)

@@ -1,0 +1,170 @@
+"""The MAE finetuning recipe against the numbers of the published trainer, its weights and upstream's command lines."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from common import checkpoint
+from common.args import parse
+from common.recipe import create_optimizer
+from common.train import create_model
+from mae.models import adapt_weights
+from mae.recipe import RECIPE, VARIANTS
+from tests.conftest import ROOT, image, reference, tensor_for
+from tests.golden import check_golden
+
+REFERENCE = reference("mae")
+COMMON = "--weight_decay 0.05 --reprob 0.25 --mixup 0.8 --cutmix 1.0 --dist_eval --augsub masking --augsub_ratio 0.5"
+UPSTREAM = {
+    "base_100": f"--model vit_base_patch16 --batch_size 128 --accum_iter 1 --epochs 100 --blr 5e-4 --layer_decay 0.65 --drop_path 0.1 {COMMON}",
+    "large_50": f"--model vit_large_patch16 --batch_size 32 --accum_iter 4 --epochs 50 --blr 1e-3 --layer_decay 0.75 --drop_path 0.2 {COMMON}",
+    "huge_50": f"--model vit_huge_patch14 --batch_size 16 --accum_iter 1 --epochs 50 --blr 1e-3 --layer_decay 0.75 --drop_path 0.3 {COMMON}",
+}
+DATA = ["--data-path", "x"]
+
+
+def weights_of(part):
+    return {name: tensor_for(name, shape) for name, shape in part["keys"].items()}
+
+
+@pytest.mark.parametrize(
+    ("part", "flag"), [("forward_global_pool", "--global-pool"), ("forward_cls_token", "--cls_token")]
+)
+def test_logits_equal_upstreams(part, flag):
+    part = REFERENCE[part]
+    args = parse(
+        RECIPE, [*DATA, "--model", part["model"], "--input-size", str(part["img_size"]), flag, "--nb-classes", "7"]
+    )
+    model = create_model(RECIPE, args, part["num_classes"]).eval()
+    model.load_state_dict(adapt_weights(weights_of(part), model))
+    with torch.no_grad():
+        logits = model(image(part["batch"], part["img_size"]))
+    torch.testing.assert_close(logits, torch.tensor(part["logits"]), rtol=0, atol=2e-5)
+
+
+def test_layer_decay_equals_upstreams():
+    args = parse(RECIPE, [*DATA, "--variant", "large_50"])
+    with torch.device("meta"):
+        model = create_model(RECIPE, args, 1000)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: (group["lr_scale"], group["weight_decay"])
+             for group in RECIPE.param_groups(model, args) for p in group["params"]}  # fmt: skip
+    for name, expected in REFERENCE["layer_decay_large_0.75"].items():
+        assert found[name] == pytest.approx(expected), name
+    assert len(found) == len(names)
+
+
+def test_learning_rates_equal_upstreams():
+    args = RECIPE.scale_lr(parse(RECIPE, [*DATA, "--variant", "large_50"]), 1024)
+    assert args.lr == pytest.approx(4e-3)
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW([{"params": [model.weight], "lr_scale": 0.5}, {"params": [model.bias]}], args.lr)
+    set_lr = RECIPE.schedule(optimizer, args, 100)
+    for epoch, lr in REFERENCE["lr_by_fractional_epoch_large_50"]:
+        set_lr(round(epoch * 100))
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(lr, rel=1e-9, abs=1e-12), epoch
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * lr, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "giga"), [("vit_base_patch16", 17.5), ("vit_large_patch16", 61.6), ("vit_huge_patch14", 167.4)]
+)
+def test_parameters_and_multiply_adds_of_each_row(name, giga):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, 3, 224, 224))
+    assert sum(p.numel() for p in model.parameters()) == REFERENCE["param_count"][name]
+    assert counter.get_total_flops() / 2e9 == pytest.approx(giga, rel=0.015)
+
+
+def pretrained(tmp_path, **changes):
+    """A pretrained MAE as upstream saves it: an encoder with its last norm, a decoder, no classifier."""
+    encoder = {
+        name: weight for name, weight in weights_of(REFERENCE["forward_cls_token"]).items() if "head" not in name
+    }
+    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 768)}
+    state = {k: v for k, v in (encoder | decoder | changes).items() if v is not None}
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    return state
+
+
+def finetuned(tmp_path, *flags):
+    args = parse(RECIPE, [*DATA, "--model", "vit_base_patch16", "--input-size", "32", *flags])
+    model = create_model(RECIPE, args, 7)
+    checkpoint.load_weights(
+        model, tmp_path / "mae.pth", RECIPE.adapt_weights, new_head=True, head_std=RECIPE.new_head_std
+    )
+    return model.state_dict()
+
+
+def test_a_pretrained_encoder_loads_with_a_new_head(tmp_path):
+    state = pretrained(tmp_path)
+    model = finetuned(tmp_path)
+    assert torch.equal(model["blocks.3.mlp.fc1.weight"], state["blocks.3.mlp.fc1.weight"])
+    assert 1e-5 < model["head.weight"].std() < 3e-5 and not model["head.bias"].any()
+    assert torch.equal(model["fc_norm.weight"], torch.ones(768))
+    assert torch.equal(finetuned(tmp_path, "--cls-token")["norm.weight"], state["norm.weight"])
+    pretrained(tmp_path, **{"norm.weight": None, "norm.bias": None})
+    finetuned(tmp_path)
+
+
+def test_another_patch_grid_is_interpolated(tmp_path):
+    state = pretrained(tmp_path, pos_embed=tensor_for("pos_embed", [1, 17, 768]))
+    positions = finetuned(tmp_path)["pos_embed"]
+    assert positions.shape == (1, 5, 768)
+    assert torch.equal(positions[:, 0], state["pos_embed"][:, 0]), "the class token's stays"
+
+
+def test_a_pretrained_file_without_encoder_weights_is_refused(tmp_path):
+    pretrained(tmp_path, **{"blocks.7.attn.qkv.weight": None})
+    with pytest.raises(ValueError, match=r"another architecture: blocks\.7\.attn\.qkv\.weight is missing"):
+        finetuned(tmp_path)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_is_upstreams_command_line(variant):
+    pasted = vars(parse(RECIPE, [*UPSTREAM[variant].split(), "--data_path", "x", "--finetune", "y"]))
+    named = vars(parse(RECIPE, [*DATA, "--variant", variant, "--finetune", "y", "--augsub", "masking"]))
+    assert {k: v for k, v in pasted.items() if k != "variant"} == {k: v for k, v in named.items() if k != "variant"}
+
+
+def test_upstreams_name_for_the_huge_model_is_an_alias():
+    with torch.device("meta"):
+        assert timm.create_model("vit_huge_patch16").patch_embed.patch_size == (14, 14)
+
+
+def test_evaluation_has_a_margin_up_to_224_pixels():
+    assert parse(RECIPE, DATA).eval_crop_ratio == 0.875
+    assert parse(RECIPE, [*DATA, "--input_size", "384"]).eval_crop_ratio == 1.0
+
+
+def test_upstreams_defaults():
+    args = parse(RECIPE, DATA)
+    expected = {"batch_size": 64, "epochs": 50, "accum_iter": 1, "model": "vit_large_patch16", "input_size": 224,
+                "drop_path": 0.1, "clip_grad": None, "weight_decay": 0.05, "lr": None, "blr": 1e-3, "layer_decay": 0.75,
+                "min_lr": 1e-6, "warmup_epochs": 5, "color_jitter": None, "aa": "rand-m9-mstd0.5-inc1",
+                "smoothing": 0.1, "reprob": 0.25, "remode": "pixel", "recount": 1, "resplit": False, "mixup": 0.0,
+                "cutmix": 0.0, "mixup_prob": 1.0, "global_pool": True, "nb_classes": 1000,
+                "output_dir": "./output_dir", "seed": 0, "start_epoch": 0, "pin_mem": True, "model_ema": False}  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_optimizer_is_adamw_with_its_usual_betas():
+    args = RECIPE.scale_lr(parse(RECIPE, [*DATA, "--model", "vit_pico_patch8", "--input-size", "32"]), 256)
+    optimizer = create_optimizer(RECIPE, create_model(RECIPE, args, 10), args)
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["betas"] == (0.9, 0.999)
+
+
+def test_readme_shows_a_command_for_every_variant():
+    text = (ROOT / "mae" / "README.md").read_text()
+    assert all(f"--variant {variant} " in text for variant in VARIANTS)
+
+
+@pytest.mark.parametrize("kind", ["none", "masking", "dropout", "droppath"])
+def test_golden_losses(kind):
+    check_golden(RECIPE, kind)
