@@ -238,3 +238,9 @@ def _without(criterion: nn.Module, **neutral: Any) -> Criterion:
     for name, value in neutral.items():
         setattr(plain, name, value)
     return plain
+
+
+if __name__ == "__main__":
+    from common.survey import main
+
+    main()

@@ -20,6 +20,7 @@ import numpy as np
 import timm
 import torch
 import torchvision
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -109,6 +110,10 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
         checkpoint.load_weights(
             model, fetch(args.finetune), recipe.adapt_weights, new_head=True, head_std=recipe.new_head_std
         )
+    if getattr(args, "sync_bn", False):
+        if process.device.type != "cuda":
+            raise ValueError("--sync-bn needs GPUs: PyTorch has no such batch norm for the CPU")
+        model = convert_sync_batchnorm(model)
     augsub = AugSub(model, args.augsub, args.augsub_ratio, block=args.augsub_block, batch_norm=args.augsub_bn)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(process.device).to(memory_format=memory_format)
@@ -398,7 +403,9 @@ def train(job: Job) -> None:
         )
         log.end_epoch()
         if job.process.world_size > 1:
-            distribute_bn(job.model, job.process.world_size, reduce=True)
+            how = getattr(args, "dist_bn", "reduce")
+            if how:
+                distribute_bn(job.model, job.process.world_size, reduce=how == "reduce")
         results = evaluate_all(job)
         better = results["acc1"] > job.best.get("acc1", -1.0)
         if better:

@@ -53,6 +53,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("ResNet strikes back").add_argument
     add("data_dir", nargs="?", metavar="DATA_DIR", help="folder with train/ and validation/ or val/; as --data-path")
     add("--aug-repeats", type=int, default=0, help="times each image comes in an epoch, of a share of the images")
+    add("--sync-bn", action="store_true", help="batch statistics of all processes together, on GPUs")
+    add("--dist-bn", choices=("reduce", "broadcast", ""), default="reduce", help="what the processes do with their "
+        "running batch statistics after each epoch: average them, take the first one's, or nothing")  # fmt: skip
     add("--native-amp", action="store_true", help="mixed precision, which is on where the hardware has it")
 
 

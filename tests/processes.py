@@ -12,10 +12,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.augsub import AugSub
 from common.masking import block_mask
+from mae import models as mae_models  # noqa: F401 - registers vit_pico_patch8
 
 SWIN = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "img_size": 64, "window_size": 8, "num_classes": 5}
 VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
-CASES = [(name, kind, parts) for name in ("deit3_small_patch16_224", "swin_tiny_patch4_window7_224")
+SMALL: dict[str, dict[str, Any]] = {
+    "deit3_small_patch16_224": VIT,
+    "vit_pico_patch8": VIT,
+    "swin_tiny_patch4_window7_224": SWIN,
+    "resnet18": {"layers": (1, 1, 1, 1), "num_classes": 5},
+}
+CASES = [(name, kind, parts) for name in SMALL
          for kind in ("none", "masking") for parts in (1, 3)]  # fmt: skip
 BATCH = 12
 
@@ -23,14 +30,16 @@ BATCH = 12
 def build(name: str) -> nn.Module:
     """The same small model in every process."""
     torch.manual_seed(0)
-    model: Any = timm.create_model(name, drop_path_rate=0.0, **(SWIN if name.startswith("swin") else VIT))
+    model: Any = timm.create_model(name, drop_path_rate=0.0, **SMALL[name])
     return model.train()
 
 
-def joined_batch() -> tuple[Tensor, Tensor]:
-    """All processes' images and labels."""
+def joined_batch(name: str) -> tuple[Tensor, Tensor]:
+    """All processes' images and labels. A model with batch statistics gets the same two images again and again, so
+    that every process's share has the joined batch's statistics: SyncBatchNorm, which would see to that, needs GPUs."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(BATCH, 3, 64, 64, generator=generator), torch.arange(BATCH) % 5
+    x, y = torch.randn(BATCH, 3, 64, 64, generator=generator), torch.arange(BATCH) % 5
+    return (x[:2].repeat(BATCH // 2, 1, 1, 1), y[:2].repeat(BATCH // 2)) if name.startswith("resnet") else (x, y)
 
 
 def same_mask_for_all(model: nn.Module) -> None:
@@ -71,7 +80,7 @@ def ddp_steps(rank: int, world: int, folder: Path) -> None:
             return work.get_future().then(lambda done: done.value()[0])
 
         ddp.register_comm_hook(rounds, count)
-        x, y = joined_batch()
+        x, y = joined_batch(name)
         # micro-batch m of all processes together is micro-batch m of the joined batch
         share = [torch.arange(BATCH).chunk(parts)[part].chunk(world)[rank] for part in range(parts)]
         mine = torch.cat(share)

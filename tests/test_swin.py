@@ -42,7 +42,7 @@ def test_logits_equal_upstreams_from_microsofts_file(tmp_path):
     with torch.no_grad():
         logits = model.eval()(image(part["batch"], 224))
     torch.testing.assert_close(logits, torch.tensor(part["logits"]), rtol=0, atol=2e-5)
-    assert torch.equal(model.mask_token, state["mask_token"])  # type: ignore[arg-type]
+    assert torch.equal(model.mask_token, state["mask_token"])
 
 
 def test_weight_decay_skips_what_upstream_skips():
@@ -193,8 +193,8 @@ def test_gradients_of_both_passes_are_clipped_together():
 def test_a_ratio_is_honoured():
     made = job("--augsub-ratio", "0.75")
     hidden = []
-    made.model.layers.register_forward_pre_hook(  # type: ignore[union-attr]
-        lambda module, inputs: hidden.append((inputs[0] == made.model.mask_token.view(1, 1, 1, -1)).all(-1))  # type: ignore[union-attr, operator]
+    made.model.layers.register_forward_pre_hook(
+        lambda module, inputs: hidden.append((inputs[0] == made.model.mask_token.view(1, 1, 1, -1)).all(-1))
     )
     with torch.no_grad(), made.trainer.augsub.sub_model():
         made.model.train()(torch.randn(4, 3, 32, 32))
@@ -212,7 +212,7 @@ def test_ours_loads_into_stock_timm_and_resumes_with_the_mask_token(tmp_path, ca
     token = content["mask_tokens"]["model"]
     assert torch.equal(stock.state_dict()["norm.weight"], content["model"]["norm.weight"])
     resumed = train.prepare(RECIPE, parse(RECIPE, flags), Process(torch.device("cpu")))
-    assert resumed.epoch == 1 and torch.equal(resumed.model.mask_token, token)  # type: ignore[arg-type]
+    assert resumed.epoch == 1 and torch.equal(resumed.model.mask_token, token)
 
 
 def test_throughput_is_printed_and_nothing_written(tmp_path, monkeypatch, capsys):
