@@ -81,7 +81,7 @@ class TokenMask(BlockMask):
     decay. The image keeps its size, so the sub pass costs as much as the main pass.
 
     Raises:
-        ValueError: the model's `patch_embed` does not say its patch size.
+        ValueError: the model has no patch embedding.
     """
 
     name = "mask token"
@@ -90,10 +90,8 @@ class TokenMask(BlockMask):
         embed = patch_embedding(model)
         if embed is None:
             raise ValueError(f"{type(model).__name__} has no patch embedding, so there are no tokens to mask")
-        patch = embed.patch_size
         self.model: Any = model
-        self.patch = tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch)
-        width = next(p.shape[0] for p in embed.parameters() if p.ndim == 4)
+        width = [weight.shape[0] for weight in embed.parameters() if weight.ndim == 4][-1]
         model.mask_token = nn.Parameter(torch.empty(1, 1, width).to(next(model.parameters())))
         nn.init.trunc_normal_(model.mask_token, std=0.02)
         embed.register_forward_hook(self)
@@ -102,15 +100,21 @@ class TokenMask(BlockMask):
         """tokens: (B, H, W, C), (B, C, H, W) or (B, H*W, C), after the patch embedding; the same shape comes back."""
         if not (self.ratio and module.training):
             return None
-        height, width = (side // patch for side, patch in zip(inputs[0].shape[-2:], self.patch))
-        block = (max(1, self.block // self.patch[0]), max(1, self.block // self.patch[1]))
         token = self.model.mask_token.to(tokens.dtype)
-        mask = block_mask(len(tokens), (height, width), block, self.ratio, tokens.device)
+        height, width = inputs[0].shape[-2:]
+        channels_first = tokens.ndim == 4 and tokens.shape[-1] != token.shape[-1]
+        if tokens.ndim == 3:  # the grid has the image's proportions
+            rows = round((tokens.shape[1] * height / width) ** 0.5)
+            grid = rows, tokens.shape[1] // rows
+        else:
+            grid = (tokens.shape[2], tokens.shape[3]) if channels_first else (tokens.shape[1], tokens.shape[2])
+        block = max(1, round(self.block * grid[0] / height)), max(1, round(self.block * grid[1] / width))
+        mask = block_mask(len(tokens), grid, block, self.ratio, tokens.device)
         if tokens.ndim == 3:
             return torch.where(mask.flatten(1)[..., None], token, tokens)
-        if tokens.shape[1:3] == mask.shape[1:]:
-            return torch.where(mask[..., None], token, tokens)
-        return torch.where(mask[:, None], token.view(1, -1, 1, 1), tokens)
+        if channels_first:
+            return torch.where(mask[:, None], token.mT[..., None], tokens)
+        return torch.where(mask[..., None], token, tokens)
 
 
 class PixelMask(BlockMask):
@@ -131,6 +135,6 @@ class PixelMask(BlockMask):
 
 
 def patch_embedding(model: nn.Module) -> nn.Module | None:
-    """The module that turns the image into a grid of tokens, where the model has one and it states its patch size."""
+    """The module that turns the image into a grid of tokens, where the model has one that knows its patch size."""
     embed = getattr(model, "patch_embed", None)
     return embed if isinstance(embed, nn.Module) and hasattr(embed, "patch_size") else None

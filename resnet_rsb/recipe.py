@@ -30,7 +30,7 @@ DIGITS = {
     "model": "resnet10t",
     "input_size": 32,
     "augsub_block": 8,
-    "epochs": 30,
+    "epochs": 15,
     "batch_size": 64,
     "opt": "lamb",
     "lr": 8e-3,

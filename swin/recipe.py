@@ -21,24 +21,27 @@ def row(name: str) -> dict[str, Any]:
 
 VARIANTS = {name: row(name) for name in ("tiny", "small", "base")}
 
-# Patches of 2 pixels and windows of 4 give 32 pixels three stages. Without mixing and flips, which a digit does not
-# survive; blocks are a quarter of the image, as on ImageNet a seventh.
+# Patches of 4 pixels and windows of 4 tokens give 32 pixels two stages; blocks are a quarter of the image, as on
+# ImageNet a seventh. Without mixing and flips, which a digit does not survive.
 DIGITS = {
-    "model": "swin_pico_patch2_window4_32",
+    "model": "swin_pico_patch4_window4_32",
     "input_size": 32,
-    "patch_size": 2,
-    "embed_dim": 24,
-    "depths": [1, 1, 2],
-    "num_heads": [1, 2, 4],
+    "patch_size": 4,
+    "embed_dim": 48,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
     "window_size": 4,
     "augsub_block": 8,
-    "epochs": 40,
-    "warmup_epochs": 2,
+    "epochs": 60,
+    "warmup_epochs": 5,
     "batch_size": 64,
-    "lr": 2.4e-2,
+    "opt": "lamb",
+    "opt_eps": 1e-6,
+    "lr": 0.128,
     "warmup_lr": 1e-5,
     "min_lr": 1e-5,
     "drop_path": 0.0,
+    "bce_loss": True,
     "smoothing": 0.0,
     "mixup": 0.0,
     "cutmix": 0.0,

@@ -202,11 +202,11 @@ def test_a_ratio_is_honoured():
 
 
 def test_ours_loads_into_stock_timm_and_resumes_with_the_mask_token(tmp_path, capsys):
-    shape = {"embed_dim": 24, "depths": (1, 1, 2), "num_heads": (1, 2, 4), "window_size": 4, "patch_size": 2,
+    shape = {"embed_dim": 48, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "patch_size": 4,
              "img_size": 32, "num_classes": 10}  # fmt: skip
     flags = [*DIGITS, "--augsub", "masking", "--output", str(tmp_path), "--tag", "t"]
     train.run(RECIPE, flags)
-    path = tmp_path / "swin_pico_patch2_window4_32" / "t" / "checkpoint.pth"
+    path = tmp_path / "swin_pico_patch4_window4_32" / "t" / "checkpoint.pth"
     stock = timm.create_model("swin_tiny_patch4_window7_224", checkpoint_path=str(path), **shape)
     content = checkpoint.load(path)
     token = content["mask_tokens"]["model"]

@@ -1,0 +1,79 @@
+"""One architecture of each of timm's families takes a step with each drop that `--list` says it offers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models._registry import _model_to_module
+
+from common.augsub import AugSub, drops
+from common.survey import survey
+from tests.conftest import ROOT
+
+# where timm has no small one: the smallest, shrunk
+SHRUNK: dict[str, dict[str, Any]] = {
+    "beit_base_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 2},
+    "cait_xxs24_224": {"depth": 2, "embed_dim": 48, "num_heads": 2},
+    "convmixer_768_32": {"dim": 16, "depth": 2},
+    "deepseek_vit_412m": {"depth": 2, "embed_dim": 64, "num_heads": 2},
+    "vit_tiny_patch16_224": {"depth": 2},
+}
+NAMES = """
+beit_base_patch16_224 halonet_h1 test_byobnet cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 test_convnext
+cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s cspnext_tiny davit_tiny deit_tiny_patch16_224 densenet121
+dla46x_c dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0 test_efficientnet efficientvim_m1
+efficientvit_b0 efficientvit_m0 eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny
+ghostnet_050 hgnetv2_b0 hiera_tiny_224 hrnet_w18_small inception_next_atto lcnetv2_small levit_128s lowformer_b0
+test_mambaout test_coatnet poolformerv2_s12 gmlp_ti16_224 mobilenetv3_small_050 mobilevit_xxs mvitv2_tiny nest_tiny
+nextvit_small test_nfnet pit_ti_224 pvt_v2_b0 rdnet_tiny regnetx_002 repghostnet_050 repvit_m1 resnest14d test_resnet
+resnetv2_18 rexnet_100 selecsls42 legacy_seresnet18 shvit_s1 skresnet18 starnet_s050 swiftformer_xs
+swin_tiny_patch4_window7_224 tiny_vit_5m_224 tnt_s_legacy_patch16_224 twins_svt_small visformer_tiny test_vit
+vit_tiny_r_s16_p8_224 test_vit_relpos volo_d1_224 ese_vovnet19b_slim_dw xcit_nano_12_p8_224
+""".split()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_family_does_what_the_list_says(name):
+    ((listed, offered),) = survey(name)
+    assert listed == name and offered is not None
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **SHRUNK.get(name, {}))
+    assert drops(model) == offered, "the list is made without weights"
+    cfg = model.pretrained_cfg
+    size = cfg["input_size"] if cfg.get("fixed_input_size") else cfg.get("min_input_size") or cfg["input_size"]
+    x = torch.randn(2, *size)
+    for kind in offered:
+        augsub = AugSub(model, kind, 0.5)
+        model.zero_grad()
+        for loss in augsub.losses(model, x, torch.tensor([0, 1]), F.cross_entropy):
+            loss.backward()
+            assert loss.isfinite(), kind
+        unused = [parameter for parameter, value in model.named_parameters() if value.grad is None]
+        assert [parameter for parameter in unused if parameter != "mask_token"] == [], kind
+        assert (kind == "masking" and offered[kind] == "mask token") == (
+            "mask_token" not in unused and hasattr(model, "mask_token")
+        )
+
+
+def test_the_list_covers_timms_families():
+    covered = {_model_to_module[name] for name in NAMES}
+    assert len(covered) == len(NAMES), "one of each"
+
+
+def test_the_command_prints_the_list():
+    done = subprocess.run(
+        [sys.executable, "-m", "common.augsub", "--list", "resnet1*"], cwd=ROOT, capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["architecture", "masking", "by", "dropout", "droppath"]
+    assert any(line.split() == ["resnet18", "pixel", "blocks", "-", "yes"] for line in lines), done.stderr
+    none = subprocess.run(
+        [sys.executable, "-m", "common.augsub", "--list", "xyz"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (none.returncode, none.stderr) == (2, "no timm architecture matches 'xyz'\n")
