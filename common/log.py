@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import io
 import json
 import sys
 import time
@@ -14,7 +17,7 @@ from tqdm import tqdm
 from common.checkpoint import replacing
 from common.engine import Report
 
-LOG, CURVES = "log.txt", "tensorboard"
+LOG, CURVES, SUMMARY = "log.txt", "tensorboard", "summary.csv"
 
 
 class Log:
@@ -40,7 +43,7 @@ class Log:
         self.curves: SummaryWriter | None = None
         self.began = time.time()
         if speaks and folder is not None:
-            _drop_from(folder / LOG, start_epoch)
+            _drop_from(folder, start_epoch)
             purge = start_epoch * self.curve_steps
             self.curves = SummaryWriter(curves or str(folder / CURVES), purge_step=purge)
 
@@ -104,6 +107,19 @@ class Log:
         if self.curves is not None:
             self.curves.flush()
 
+    def summary(self) -> None:
+        """Writes what log.txt holds as summary.csv, with the columns of timm's train script."""
+        if not (self.speaks and self.folder is not None):
+            return
+        names = {"epoch": "epoch", "train_loss": "train_loss", "eval_loss": "test_loss", "eval_top1": "test_acc1",
+                 "eval_top5": "test_acc5", "lr": "train_lr"}  # fmt: skip
+        text = io.StringIO()
+        table = csv.writer(text)
+        table.writerow(names)
+        table.writerows([entry[name] for name in names.values()] for entry in entries(self.folder))
+        with replacing(self.folder / SUMMARY) as file:
+            file.write(text.getvalue().encode())
+
     def close(self) -> None:
         """Ends the bar and the curves' file."""
         self.end_epoch()
@@ -111,19 +127,21 @@ class Log:
             self.curves.close()
 
 
-def _drop_from(path: Path, epoch: int) -> None:
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of log.txt; one that was torn by a crash is passed over."""
+    path, found = folder / LOG, []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return [entry for entry in found if isinstance(entry, dict) and "epoch" in entry]
+
+
+def _drop_from(folder: Path, epoch: int) -> None:
     """Takes the lines of `epoch` and later, and a torn last line, out of log.txt."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["epoch"] < epoch:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-    with replacing(path) as file:
-        file.write("".join(kept).encode())
+    if (folder / LOG).exists():
+        kept = [json.dumps(entry) + "\n" for entry in entries(folder) if entry["epoch"] < epoch]
+        with replacing(folder / LOG) as file:
+            file.write("".join(kept).encode())
 
 
 def duration(seconds: float) -> str:

@@ -105,6 +105,7 @@ class Recipe:
         schedule: (optimizer, args, updates per epoch) → function that sets the rates for an update, counted from 0.
         param_groups: (model, args) → the optimizer's parameter groups.
         loss: (args, mixed) → the main model's loss.
+        summary: whether summary.csv is kept too.
         curve_steps: points of an epoch on TensorBoard's axis; None counts optimizer steps.
     """
 
@@ -124,6 +125,7 @@ class Recipe:
     param_groups: Callable[[nn.Module, argparse.Namespace], list[dict[str, Any]]] = weight_decay_groups
     loss: Callable[[argparse.Namespace, bool], Callable[[Tensor, Tensor], Tensor]] = classification_loss
     curve_steps: int | None = None
+    summary: bool = False
 
 
 def create_optimizer(recipe: Recipe, model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:

@@ -31,7 +31,7 @@ from common.augsub import AugSub
 from common.data import check_classes, create_mixup, evaluation_loader, open_data_set, training_loader
 from common.dist import Process
 from common.engine import StopTraining, Trainer, Unreadable, autocast, evaluate, train_one_epoch
-from common.log import CURVES, Log, duration
+from common.log import CURVES, Log, duration, entries
 from common.recipe import Recipe, create_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +78,7 @@ def leave(sentence: str, status: int) -> NoReturn:
 class Job:
     """All that a run is made of."""
 
+    recipe: Recipe
     args: argparse.Namespace
     process: Process
     model: nn.Module  # bare
@@ -153,7 +154,9 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
     views = train_loader.dataset if train_loader is not None else None
     unreadable = Unreadable(len(train_data), getattr(views, "name_of", str), log.line)  # type: ignore[arg-type]
     val_loader = evaluation_loader(args, val_data, process)
-    return Job(args, process, model, trainer, train_loader, batches, val_loader, unreadable, log, folder, start, best)
+    return Job(
+        recipe, args, process, model, trainer, train_loader, batches, val_loader, unreadable, log, folder, start, best
+    )
 
 
 def count_classes(args: argparse.Namespace, found: int | None) -> int:
@@ -419,6 +422,8 @@ def train(job: Job) -> None:
         due = better or (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs
         if job.process.is_main and job.folder is not None and due:
             save(job, epoch, better)
+        if job.recipe.summary:
+            log.summary()
     summarise(job, time.time() - began)
 
 
@@ -440,9 +445,22 @@ def save(job: Job, epoch: int, better: bool) -> None:
         checkpoint.save(path, state)
         if better:
             checkpoint.keep_as(path, job.folder / checkpoint.BEST)
+        keep_best(job, epoch, getattr(job.args, "checkpoint_hist", 0))
     except (OSError, RuntimeError, FloatingPointError) as error:
         left = "the one before is still there" if path.exists() else "none was written before"
         raise StopTraining(f"{path} could not be written ({error}); {left}") from error
+
+
+def keep_best(job: Job, epoch: int, most: int) -> None:
+    """Keeps the checkpoint under its epoch's number, while it is among the `most` of highest accuracy."""
+    if not most:
+        return
+    assert job.folder is not None
+    checkpoint.keep_as(job.folder / checkpoint.LAST, job.folder / f"checkpoint-{epoch}.pth")
+    accuracy = {entry["epoch"]: entry["test_acc1"] for entry in entries(job.folder)}
+    kept = sorted(job.folder.glob("checkpoint-*.pth"), key=lambda path: accuracy.get(int(path.stem[11:]), -1.0))
+    for path in kept[:-most]:
+        path.unlink()
 
 
 def summarise(job: Job, seconds: float) -> None:

@@ -56,6 +56,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--sync-bn", action="store_true", help="batch statistics of all processes together, on GPUs")
     add("--dist-bn", choices=("reduce", "broadcast", ""), default="reduce", help="what the processes do with their "
         "running batch statistics after each epoch: average them, take the first one's, or nothing")  # fmt: skip
+    add("--checkpoint-hist", type=int, default=10, help="most checkpoints to keep, those of highest accuracy")
     add("--native-amp", action="store_true", help="mixed precision, which is on where the hardware has it")
 
 
@@ -87,4 +88,5 @@ RECIPE = Recipe(
     add_flags=add_flags,
     check=check,
     scale_lr=lambda args, batch: args,
+    summary=True,
 )

@@ -139,3 +139,17 @@ def test_readme_shows_a_command_for_every_variant():
 @pytest.mark.parametrize("kind", ["none", "masking", "droppath"])
 def test_golden_losses(kind):
     check_golden(RECIPE, kind)
+
+
+def test_summary_and_the_best_checkpoints_are_kept(jpegs, tmp_path):
+    flags = [str(jpegs()), "--model", "test_resnet", "--img-size", "32", "--batch-size", "8", "--workers", "0", "--amp",
+             "off", "--output", str(tmp_path / "o"), "--epochs", "4", "--warmup-epochs", "0", "--checkpoint-hist", "2",
+             "--lr", "1e-3", "--opt", "adamw"]  # fmt: skip
+    train.run(RECIPE, flags)
+    rows = (tmp_path / "o" / "summary.csv").read_text().splitlines()
+    assert rows[0] == "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr"
+    accuracy = {int(row.split(",")[0]): float(row.split(",")[3]) for row in rows[1:]}
+    assert list(accuracy) == [0, 1, 2, 3]
+    kept = {int(path.stem.split("-")[1]) for path in (tmp_path / "o").glob("checkpoint-*.pth")}
+    assert len(kept) == 2
+    assert min(accuracy[epoch] for epoch in kept) >= max(accuracy[epoch] for epoch in set(accuracy) - kept)
