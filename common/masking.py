@@ -96,12 +96,18 @@ class TokenMask(BlockMask):
         nn.init.trunc_normal_(model.mask_token, std=0.02)
         embed.register_forward_hook(self)
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], tokens: Tensor) -> Tensor | None:
-        """tokens: (B, H, W, C), (B, C, H, W) or (B, H*W, C), after the patch embedding; the same shape comes back."""
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
+        """output: tokens (B, H, W, C), (B, C, H, W) or (B, H*W, C), alone or first of several; its like comes back."""
         if not (self.ratio and module.training):
             return None
+        if isinstance(output, tuple):
+            return (self.hide(inputs[0], output[0]), *output[1:])
+        return self.hide(inputs[0], output)
+
+    def hide(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """The tokens of images (B, 3, H, W) with blocks of them replaced."""
         token = self.model.mask_token.to(tokens.dtype)
-        height, width = inputs[0].shape[-2:]
+        height, width = images.shape[-2:]
         channels_first = tokens.ndim == 4 and tokens.shape[-1] != token.shape[-1]
         if tokens.ndim == 3:  # the grid has the image's proportions
             rows = round((tokens.shape[1] * height / width) ** 0.5)

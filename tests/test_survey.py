@@ -20,9 +20,9 @@ from tests.conftest import ROOT
 SHRUNK: dict[str, dict[str, Any]] = {
     "beit_base_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 2},
     "cait_xxs24_224": {"depth": 2, "embed_dim": 48, "num_heads": 2},
-    "convmixer_768_32": {"dim": 16, "depth": 2},
     "deepseek_vit_412m": {"depth": 2, "embed_dim": 64, "num_heads": 2},
-    "vit_tiny_patch16_224": {"depth": 2},
+    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 4, 8)},
+    "tnt_s_legacy_patch16_224": {"depth": 2},
 }
 NAMES = """
 beit_base_patch16_224 halonet_h1 test_byobnet cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 test_convnext
