@@ -188,7 +188,9 @@ def _install(model: nn.Module, kind: str, ratio: float, block: int) -> tuple[str
 
 
 def _mask_name(model: nn.Module) -> str:
-    if hasattr(model, "patch_drop") or hasattr(model, "patch_drop_rate"):
+    # a model that keeps its tokens in a grid, as SAM's does, counts no prefix tokens and cannot spare any
+    sequence = hasattr(model, "patch_drop") and hasattr(model, "num_prefix_tokens")
+    if sequence or hasattr(model, "patch_drop_rate"):
         return "token drop"
     return TokenMask.name if patch_embedding(model) is not None else PixelMask.name
 
@@ -209,7 +211,9 @@ def _install_mask(model: nn.Module, ratio: float, block: int) -> _Switch:
 
 def _dropouts(model: nn.Module) -> list[nn.Dropout]:
     """Dropouts of attention projections and MLPs; not those of attention weights, positions, pooling or the head."""
-    inside = re.compile(r"(?!.*\b(head|attn_pool)\b).*\b(proj_drop|drop1|drop2|drop3|mlp_drop|out_drop)")
+    inside = re.compile(
+        r"(?!.*\b(head|attn_pool|\w*rel_pos|cpb_mlp|meta_mlp)\b).*\b(proj_drop|drop[123]|mlp_drop|out_drop|mlp\.drop)"
+    )
     return [m for name, m in model.named_modules() if isinstance(m, nn.Dropout) and inside.fullmatch(name)]
 
 
@@ -220,7 +224,7 @@ def _drop_paths(model: nn.Module) -> list[tuple[nn.Module, str]]:
         (block, name)
         for block in model.modules()
         for name, layer in (vars(block) | block._modules).items()
-        if re.fullmatch(r"drop_path\d*", name) and (layer is None or isinstance(layer, (DropPath, nn.Identity)))
+        if re.fullmatch(r"(\w+_)?drop_path\d*", name) and (layer is None or isinstance(layer, (DropPath, nn.Identity)))
     ]
 
 
