@@ -62,14 +62,16 @@ def gradients(
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def ddp_steps(rank: int, world: int, folder: Path) -> None:
+def ddp_steps(
+    rank: int, world: int, folder: Path, cases: list[tuple[str, str, int]] = CASES, ratio: float = 0.5
+) -> None:
     """Gradients and the number of all-reduces of a DDP step in each case → a file of the first process."""
     torch.set_num_threads(1)
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     results = {}
-    for name, kind, parts in CASES:
+    for name, kind, parts in cases:
         model = build(name)
-        augsub = AugSub(model, kind, 0.5)
+        augsub = AugSub(model, kind, ratio)
         same_mask_for_all(model)
         ddp = DistributedDataParallel(model, bucket_cap_mb=1000)
         rounds: list[int] = []

@@ -49,9 +49,19 @@ UPSTREAM = {
 }  # fmt: skip
 
 
-def upstream_model(part: dict[str, Any], **kwargs: Any) -> nn.Module:
-    """The model of a reference entry, loaded from an upstream-named state dict."""
-    model = timm.create_model(part["model"], img_size=part["img_size"], num_classes=part["num_classes"], **kwargs)
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Where the cores are busy with other work, two threads that wait for each other take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def upstream_model(part: dict[str, Any]) -> nn.Module:
+    """The recipe's model of a reference entry, loaded from an upstream-named state dict."""
+    flags = ["--model", part["model"], "--input-size", str(part["img_size"]), "--drop-path", "0", "--data-path", "x"]
+    model = create_model(RECIPE, parse(RECIPE, flags), part["num_classes"])
     state = {name: tensor_for(name, shape) for name, shape in part["keys"].items()}
     model.load_state_dict(adapt_weights(state, model))
     return model
@@ -150,7 +160,11 @@ def test_multiply_adds_of_main_and_sub_model(name, giga, share):
     assert sub / main == pytest.approx(share, abs=0.001)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_row_of_upstreams_is_a_variant():
+    assert VARIANTS.keys() == UPSTREAM.keys()
+
+
+@pytest.mark.parametrize("variant", UPSTREAM)
 def test_variant_is_upstreams_command_line(variant):
     pasted = vars(parse(RECIPE, [*UPSTREAM[variant].split(), "--data-path", "x", "--output_dir", "y"]))
     named = vars(parse(RECIPE, ["--variant", variant, "--data-path", "x", "--output_dir", "y"]))
@@ -188,8 +202,20 @@ def test_attention_alone_is_trained_where_asked():
     args = parse(RECIPE, ["--model", "deit_pico_patch8_LS", "--input-size", "32", "--attn-only", "--data-path", "x"])
     model = create_model(RECIPE, args, 10)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {"blocks.0.attn.qkv.weight", "head.weight", "pos_embed"} <= trained
-    assert not {"blocks.0.mlp.fc1.weight", "patch_embed.proj.weight", "cls_token"} & trained
+    attention = {f"blocks.{i}.attn.{layer}.{part}" for i in range(4) for layer in ("qkv", "proj")
+                 for part in ("weight", "bias")}  # fmt: skip
+    assert trained == attention | {"pos_embed", "head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("flags", [
+    "--teacher-model regnety_160", "--teacher-path t.pth", "--distillation-type soft", "--distillation-type hard",
+    "--distillation-alpha 0.5", "--distillation-tau 1.0",
+])  # fmt: skip
+def test_distillation_is_refused(flags, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parse(RECIPE, [*flags.split(), "--data-path", "x"])
+    assert leaving.value.code == 2
+    assert f"{flags.split()[0]}: distillation is not offered here" in capsys.readouterr().err
 
 
 def test_plain_timm_and_reference_masking_agree_on_the_drop_layer():

@@ -7,7 +7,9 @@ import copy
 import pytest
 import timm
 import torch
+from torch import nn
 
+from common.augsub import AugSub
 from common.masking import PixelMask, TokenMask, block_mask
 
 SWIN = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "img_size": 64, "window_size": 8, "num_classes": 5}
@@ -55,6 +57,59 @@ def test_mask_token_takes_the_place_of_whole_blocks_after_the_patch_embedding():
     hidden = (masked != plain).any(-1)  # (3, 16, 16) tokens, in blocks of 8
     assert hidden.view(3, 2, 8, 2, 8).permute(0, 1, 3, 2, 4).flatten(3).float().mean(3).sum((1, 2)).tolist() == [2] * 3
     assert torch.equal(masked[hidden], model.mask_token[0].expand(int(hidden.sum()), -1))
+
+
+class Grid(nn.Module):
+    """A patch embedding of 4-pixel patches that gives its tokens in one of the layouts of timm's models."""
+
+    def __init__(self, layout: str):
+        super().__init__()
+        self.patch_size, self.layout = 4, layout
+        self.proj = nn.Conv2d(3, 6, 4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.proj(x)  # (B, C, H, W)
+        return {"NCHW": x, "NHWC": x.permute(0, 2, 3, 1), "NLC": x.flatten(2).transpose(1, 2)}[self.layout]
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NLC"])
+def test_mask_token_finds_the_grid_in_each_layout(layout):
+    """The same seed hides the same blocks of an image that is wider than high, whichever way its tokens lie."""
+    model: nn.Module = nn.Module()
+    model.patch_embed = Grid(layout)
+    mask = TokenMask.on(model, block=8)
+    x = torch.randn(3, 3, 16, 32)
+    plain = model.patch_embed.proj(x)
+    mask.ratio = 0.5
+    torch.manual_seed(4)
+    masked = model.patch_embed(x)
+    if layout == "NLC":
+        masked = masked.view(3, 4, 8, 6)
+    if layout != "NCHW":
+        masked = masked.permute(0, 3, 1, 2)
+    torch.manual_seed(4)
+    hidden = block_mask(3, (4, 8), (2, 2), 0.5)[:, None]
+    assert hidden.float().mean() == 0.5
+    assert torch.equal(masked, torch.where(hidden, model.mask_token.view(1, 6, 1, 1), plain))
+
+
+@pytest.mark.xfail(strict=True, raises=(AttributeError, RuntimeError), reason="offered, and fails at the first step")
+@pytest.mark.parametrize(("name", "size"), [
+    ("pvt_v2_b0", 224),  # patches of 7 every 4 pixels: `patch_size` is not the grid's
+    ("pit_ti_224", 224),  # patches of 16 every 8 pixels
+    ("efficientvit_m0", 224),  # a stem that halves four times, `patch_size` of which says only the last
+    ("xcit_nano_12_p16_224", 224),  # the embedding gives (tokens, grid)
+    ("samvit_base_patch16", 1024),  # `patch_drop` gets (B, H, W, C) and takes whole rows for tokens
+])  # fmt: skip
+def test_masking_is_refused_at_construction_or_works(name, size):
+    with torch.device("meta"):
+        model = timm.create_model(name).train()
+        try:
+            augsub = AugSub(model, "masking", 0.5)
+        except ValueError:
+            return
+        with torch.no_grad(), augsub.sub_model():
+            model(torch.empty(2, 3, size, size))
 
 
 def test_mask_token_starts_as_upstreams_and_has_no_weight_decay():
