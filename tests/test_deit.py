@@ -49,15 +49,6 @@ UPSTREAM = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Where the cores are busy with other work, two threads that wait for each other take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def upstream_model(part: dict[str, Any]) -> nn.Module:
     """The recipe's model of a reference entry, loaded from an upstream-named state dict."""
     flags = ["--model", part["model"], "--input-size", str(part["img_size"]), "--drop-path", "0", "--data-path", "x"]

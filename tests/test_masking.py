@@ -93,7 +93,6 @@ def test_mask_token_finds_the_grid_in_each_layout(layout):
     assert torch.equal(masked, torch.where(hidden, model.mask_token.view(1, 6, 1, 1), plain))
 
 
-@pytest.mark.xfail(strict=True, raises=(AttributeError, RuntimeError), reason="offered, and fails at the first step")
 @pytest.mark.parametrize(("name", "size"), [
     ("pvt_v2_b0", 224),  # patches of 7 every 4 pixels: `patch_size` is not the grid's
     ("pit_ti_224", 224),  # patches of 16 every 8 pixels
