@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from common.augsub import KINDS
+from common.dist import is_main_before_start
 from common.masking import BLOCK
 from common.recipe import Recipe
 
@@ -33,7 +34,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        if is_main_before_start():
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -80,6 +82,8 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
         parser.error(str(error))
     data_path = first.data_path or getattr(first, "data_dir", None) or from_files.get("data_path")
     data_set = first.data_set
+    if first.data_path == "":
+        parser.error('--data-path "": a folder is missing, as where a script names one that is not set')
     if data_set is None:
         data_set = "IMNET" if data_path else DIGITS
     if data_set == DIGITS:

@@ -101,14 +101,15 @@ class TokenMask(BlockMask):
         if not (self.ratio and module.training):
             return None
         if isinstance(output, tuple):
-            return (self.hide(inputs[0], output[0]), *output[1:])
-        return self.hide(inputs[0], output)
+            return (self.hide(module, inputs[0], output[0]), *output[1:])
+        return self.hide(module, inputs[0], output)
 
-    def hide(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """The tokens of images (B, 3, H, W) with blocks of them replaced."""
+    def hide(self, embed: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+        """The tokens that `embed` made of images (B, 3, H, W), with blocks of them replaced."""
         token = self.model.mask_token.to(tokens.dtype)
         height, width = images.shape[-2:]
-        channels_first = tokens.ndim == 4 and tokens.shape[-1] != token.shape[-1]
+        layout = getattr(embed, "output_fmt", "NCHW" if tokens.shape[1] == token.shape[-1] else "NHWC")
+        channels_first = tokens.ndim == 4 and layout == "NCHW"
         if tokens.ndim == 3:  # the grid has the image's proportions
             rows = round((tokens.shape[1] * height / width) ** 0.5)
             grid = rows, tokens.shape[1] // rows

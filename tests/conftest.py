@@ -62,23 +62,51 @@ def image(batch: int, size: int) -> Tensor:
     return torch.from_numpy(pixels.reshape(batch, 3, size, size).astype(np.float32))
 
 
+def make_jpegs(folder: Path, train: int = 16, val: int = 6, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
+    """An ImageNet-style folder of real JPEGs, as many a class: train/<class>/*.jpg and val/<class>/*.jpg."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for k, label in enumerate(classes):
+            place = folder / split / label
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (40, 50, 3), dtype=np.uint8)
+                pixels[..., k % 3] += 120
+                Image.fromarray(pixels).save(place / f"{i:03}.jpg")
+    return folder
+
+
 @pytest.fixture
 def jpegs(tmp_path: Path) -> Callable[..., Path]:
-    """Makes an ImageNet-style folder of real JPEGs: train/<class>/*.jpg and val/<class>/*.jpg."""
+    """`make_jpegs` in a folder of the test's own."""
 
     def make(train: int = 16, val: int = 6, classes: tuple[str, ...] = ("cat", "dog"), name: str = "images") -> Path:
-        rng = np.random.default_rng(0)
-        for split, count in (("train", train), ("val", val)):
-            for k, label in enumerate(classes):
-                folder = tmp_path / name / split / label
-                folder.mkdir(parents=True)
-                for i in range(count):
-                    pixels = rng.integers(0, 120, (40, 50, 3), dtype=np.uint8)
-                    pixels[..., k % 3] += 120
-                    Image.fromarray(pixels).save(folder / f"{i:03}.jpg")
-        return tmp_path / name
+        return make_jpegs(tmp_path / name, train, val, classes)
 
     return make
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system in memory of a given size, such as "100k", that really fills up; needs to be root."""
+    place = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        place.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"mounting a small disk needs root: {done.stderr.decode().strip()}")
+        return place
+
+    yield mount
+    if place.is_mount():
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def environment(**env: str) -> dict[str, str]:
+    """What a process of a test's own sees: no launcher's variables, and as many threads as the tests have."""
+    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return own | {"OMP_NUM_THREADS": "1"} | env
 
 
 def command(*args: str, entry: str = "deit/main.py", processes: int = 0) -> list[str]:
@@ -93,8 +121,7 @@ def run(
     *args: str, cwd: Path, entry: str = "deit/main.py", processes: int = 0, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs an entry point to its end, as a process of its own, from the folder `cwd`."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | env
     return subprocess.run(
         command(*args, entry=entry, processes=processes),
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=240,
+        cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=240,
     )  # fmt: skip

@@ -52,7 +52,10 @@ def five_steps(recipe: Recipe, kind: str) -> list[list[float]]:
 
 def check_golden(recipe: Recipe, kind: str) -> None:
     """Compares with the file. Processors round differently, and five steps let that grow a little."""
-    expected: Any = json.loads(GOLDEN.read_text())[recipe.name][kind]
+    golden: Any = json.loads(GOLDEN.read_text())
+    if not torch.__version__.startswith(golden["torch"]):
+        pytest.skip(f"golden losses are of torch {golden['torch']}: other releases draw other initial weights")
+    expected = golden[recipe.name][kind]
     losses = five_steps(recipe, kind)
     assert len(losses) == 5
     for step, (got, wanted) in enumerate(zip(losses, expected)):
@@ -74,8 +77,8 @@ def main() -> None:
         recipe.name: {kind: five_steps(recipe, kind) for kind in offered[recipe.name]}
         for recipe in (DEIT, MAE, SWIN, RESNET_RSB)
     }
-    comment = json.loads(GOLDEN.read_text())["comment"]
-    GOLDEN.write_text(json.dumps({"comment": comment} | golden, indent=1) + "\n")
+    head = {"comment": json.loads(GOLDEN.read_text())["comment"], "torch": ".".join(torch.__version__.split(".")[:2])}
+    GOLDEN.write_text(json.dumps(head | golden, indent=1) + "\n")
 
 
 if __name__ == "__main__":

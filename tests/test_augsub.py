@@ -210,13 +210,29 @@ def test_masking_keeps_prefix_tokens_and_its_share_of_the_patches(name, prefix, 
     assert len(same.any(1).unique(dim=0)) > 1, "each image has its own patches"
 
 
-def test_masking_halves_the_patches_of_an_image_of_224():
+@pytest.mark.parametrize("sync", [True, False])
+def test_masking_halves_the_patches_of_an_image_of_224(sync):
+    """In every micro-batch of an accumulated step, not in the last alone."""
     model, seen = small(img_size=224, patch_size=16, depth=1), []
     augsub = AugSub(model, "masking", 0.5)
     model.blocks[0].register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].shape[1]))
     x = torch.zeros(1, 3, 224, 224)
-    take_step(augsub, model, x, LABELS[:1], nn.CrossEntropyLoss())
+    take_step(augsub, model, x, LABELS[:1], nn.CrossEntropyLoss(), sync=sync)
     assert seen == [197, 1 + 98]
+
+
+@pytest.mark.parametrize("kind", ["droppath", "dropout"])
+def test_activation_checkpointing_recomputes_the_sub_model(kind):
+    """Blocks run again in backward, when the drop must still be on."""
+    plain, thrifty = small(), small()
+    thrifty.set_grad_checkpointing(True)
+    for model in (plain, thrifty):
+        augsub = AugSub(model, kind, 0.5)
+        torch.manual_seed(3)
+        take_step(augsub, model, images(), LABELS, nn.CrossEntropyLoss())
+    expected = gradients(plain)
+    for name, gradient in gradients(thrifty).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-8, msg=name)
 
 
 @pytest.mark.parametrize(("name", "places"), [

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import pickle
-import subprocess
-import sys
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 
 from common import checkpoint
 from deit.models import adapt_weights
-from tests.conftest import ROOT, image, reference, tensor_for
+from tests.conftest import image, reference, tensor_for
 
 SHAPE = {"img_size": 32, "num_classes": 7}
 
@@ -26,59 +27,150 @@ def tiny(**kwargs):
     return timm.create_model("deit_tiny_patch16_LS", **SHAPE | {"depth": 1} | kwargs)
 
 
-def state(value: float = 1.0) -> dict:
-    return {"model": {"weight": torch.full((3,), value)}, "epoch": 4, "best": {}, "args": {"lr": 1.0}}
+def state(value: float = 1.0, size: int = 3) -> dict:
+    return {"model": {"weight": torch.full((size,), value)}, "epoch": 4, "best": {}, "args": {"lr": 1.0}}
 
 
-def test_what_was_saved_comes_back(tmp_path):
-    checkpoint.save(tmp_path / "c.pth", state())
-    content = checkpoint.load(tmp_path / "c.pth")
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint in a folder of its own, which has to be there unharmed at the end."""
+    path = tmp_path / "run" / "c.pth"
+    path.parent.mkdir()
+    checkpoint.save(path, state())
+    before = path.read_bytes()
+    yield path
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["c.pth"], "nothing is left over"
+
+
+def test_what_was_saved_comes_back(saved):
+    content = checkpoint.load(saved)
     assert torch.equal(content["model"]["weight"], torch.ones(3))
     assert (content["epoch"], content["args"]) == (4, {"lr": 1.0})
-    assert os.listdir(tmp_path) == ["c.pth"]
 
 
-def test_a_failed_save_leaves_the_one_before(tmp_path):
-    path = tmp_path / "c.pth"
-    checkpoint.save(path, state())
-    before = path.read_bytes()
+@pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_save_that_fails_midway_leaves_the_one_before(failure, saved):
+    with pytest.raises(failure), checkpoint.replacing(saved) as file:
+        file.write(b"half of it")
+        file.flush()
+        raise failure
+
+
+def test_a_state_that_cannot_be_written_leaves_the_one_before(saved):
     with pytest.raises(AttributeError):
-        checkpoint.save(path, state(2.0) | {"cannot be pickled": lambda: None})
-    with pytest.raises(FloatingPointError, match="weight of the model holds values that are not finite"):
-        checkpoint.save(path, state(float("nan")))
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["c.pth"]
+        checkpoint.save(saved, state(2.0) | {"cannot be pickled": lambda: None})
 
 
-def test_a_full_disk_leaves_the_one_before(tmp_path):
-    """The limit on file sizes is the kernel's own, set for a process of its own."""
-    path = tmp_path / "c.pth"
-    checkpoint.save(path, state())
+@pytest.mark.parametrize("part", ["model", "model_ema"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_checkpoint_never_holds_a_weight_that_is_not_finite(part, value, saved):
+    bad = state() | {part: {"fine": torch.ones(2), "weight": torch.tensor([1.0, value])}}
+    with pytest.raises(FloatingPointError, match=f"weight of the {part} holds values that are not finite"):
+        checkpoint.save(saved, bad)
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(os, "fsync", lambda fd, fsync=os.fsync: (steps.append("flush"), fsync(fd)))
+
+    def replace(aside, path, replace=os.replace):
+        steps.append("rename")
+        assert torch.load(aside, weights_only=True)["epoch"] == 4
+        replace(aside, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    checkpoint.save(tmp_path / "c.pth", state())
+    assert steps == ["flush", "rename", "flush"], "the file, its name, the folder that holds the name"
+
+
+def test_a_disk_that_is_full_leaves_the_one_before(small_disk):
+    path = small_disk("500k") / "c.pth"
+    checkpoint.save(path, state(size=75_000))
     before = path.read_bytes()
-    script = f"""
-import resource, signal, sys, torch
-from pathlib import Path
-sys.path.insert(0, {str(ROOT)!r})
-from common import checkpoint
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    checkpoint.save(Path({str(path)!r}), {{"model": {{"weight": torch.ones(1_000_000)}}}})
-except (OSError, RuntimeError) as error:
-    print("stopped")
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout == "stopped\n", done.stderr
+    with pytest.raises((OSError, RuntimeError)):
+        checkpoint.save(path, state(2.0, size=75_000))
     assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["c.pth"]
+    assert os.listdir(path.parent) == ["c.pth"]
 
 
-def test_keep_as_is_a_second_name_that_a_new_save_does_not_touch(tmp_path):
+def test_a_limit_on_file_sizes_leaves_the_one_before(saved):
+    """The kernel's own limit, where no disk can be mounted."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises((OSError, RuntimeError)):
+            checkpoint.save(saved, state(size=1_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.xfail(strict=True, reason="what is said is torch's [enforce fail at inline_container.cc:671] …")
+def test_a_full_disk_is_called_one(small_disk):
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint.save(small_disk("100k") / "c.pth", state(size=1_000_000))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_keep_as_is_another_file_that_a_new_save_does_not_touch(links, tmp_path, monkeypatch):
+    def refuse(*paths):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "best.pth").write_text("an earlier best")
     checkpoint.save(tmp_path / "last.pth", state(1.0))
     checkpoint.keep_as(tmp_path / "last.pth", tmp_path / "best.pth")
+    assert (tmp_path / "last.pth").samefile(tmp_path / "best.pth") is links
     checkpoint.save(tmp_path / "last.pth", state(2.0))
     assert checkpoint.load(tmp_path / "best.pth")["model"]["weight"][0] == 1
+    assert checkpoint.load(tmp_path / "last.pth")["model"]["weight"][0] == 2
     assert sorted(os.listdir(tmp_path)) == ["best.pth", "last.pth"]
+
+
+def refusal(path: Path) -> str:
+    """Why a file is no checkpoint."""
+    with pytest.raises(ValueError) as refused:
+        checkpoint.load(path)
+    sentence = str(refused.value)
+    assert sentence.startswith(f"{path}: ") and "\n" not in sentence
+    return sentence
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path):
+    assert "there is no such checkpoint" in refusal(tmp_path / "none.pth")
+    assert "there is no such checkpoint" in refusal(tmp_path)
+    for name in ("empty.pth", "empty.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+        assert "the file is empty" in refusal(tmp_path / name)
+    (tmp_path / "text.safetensors").write_text("no tensors in here, but words")
+    assert "no checkpoint" in refusal(tmp_path / "text.safetensors")
+    (tmp_path / "text.pth").write_text("root:x:0:0:root:/root:/bin/bash\n")
+    assert "no checkpoint" in refusal(tmp_path / "text.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    assert "no checkpoint, but a list" in refusal(tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_refused(share, tmp_path):
+    path = tmp_path / "c.pth"
+    checkpoint.save(path, state(size=1000))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    assert "the file is cut short, or no checkpoint" in refusal(path)
+
+
+@pytest.mark.xfail(strict=True, reason="called a carrier of code where torch's message says Unsupported")
+@pytest.mark.parametrize("content", [
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", b"<!DOCTYPE html><html></html>",
+    b'{"error": "not found"}', b"\xff\xd8\xff\xe0\x00\x10JFIF\x00",
+], ids=["git-lfs pointer", "web page", "JSON", "JPEG"])  # fmt: skip
+def test_what_is_no_checkpoint_is_not_called_dangerous(content, tmp_path):
+    path = tmp_path / "c.pth"
+    path.write_bytes(content)
+    assert "no checkpoint" in refusal(path)
 
 
 class Payload:
@@ -91,50 +183,83 @@ class Payload:
         return os.system, (f"touch {self.path}",)
 
 
-def test_files_that_are_no_checkpoints_are_refused(tmp_path):
-    path = tmp_path / "c.pth"
-    checkpoint.save(path, state())
-    whole = path.read_bytes()
-    torch.save([1, 2], tmp_path / "list.pth")
-    for content, words in (
-        (b"", "the file is empty"),
-        (whole[: len(whole) // 2], "cut short, or no checkpoint"),
-        (b"root:x:0:0:root:/root:/bin/bash\n" * 9, "cut short, or no checkpoint"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=words):
-            checkpoint.load(path)
-    with pytest.raises(ValueError, match="no checkpoint, but a list"):
-        checkpoint.load(tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="there is no such checkpoint"):
-        checkpoint.load(tmp_path / "none.pth")
+WRITERS = {
+    "torch": torch.save,
+    "torch, as before 1.6": lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+} | {
+    f"pickle {protocol}": lambda content, path, protocol=protocol: path.write_bytes(pickle.dumps(content, protocol))
+    for protocol in (0, 2, 4)
+}
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_pickled_code_is_refused_and_not_run(write, tmp_path):
-    mark = tmp_path / "was_run"
-    write({"model": {"weight": torch.ones(1)}, "args": Payload(mark)}, tmp_path / "c.pth")
-    with pytest.raises(ValueError, match=r"carries code to run|no checkpoint"):
-        checkpoint.load(tmp_path / "c.pth")
+@pytest.fixture(params=WRITERS)
+def armed(request, tmp_path):
+    """A file whose code, as an unpickler of any object shows, does run → the file and what its code leaves behind."""
+    mark, path = tmp_path / "was_run", tmp_path / "c.pth"
+    WRITERS[request.param]({"model": {"weight": torch.ones(1)}, "args": Payload(mark)}, path)
+    if request.param.startswith("pickle"):
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    mark.unlink()
+    return path, mark
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_pickled_code_is_refused_and_not_run(armed):
+    path, mark = armed
+    refusal(path)
     assert not mark.exists()
 
 
+@pytest.mark.xfail(strict=True, reason="torch's message says unsupported, in small letters")
+def test_pickled_code_is_called_that(tmp_path):
+    torch.save({"model": {"weight": torch.ones(1)}, "args": Payload(tmp_path / "was_run")}, tmp_path / "c.pth")
+    assert "refused, since it carries code" in refusal(tmp_path / "c.pth")
+
+
+def test_a_pickled_model_is_code_too(tmp_path):
+    torch.save({"model": tiny()}, tmp_path / "c.pth")
+    assert "refused, since it carries code" in refusal(tmp_path / "c.pth")
+
+
 def test_another_architecture_is_refused_by_its_tensors(tmp_path):
-    checkpoint.save(tmp_path / "c.pth", {"model": tiny(embed_dim=96).state_dict()})
-    with pytest.raises(
-        ValueError, match=r"another architecture: cls_token \(1, 1, 96\) where the model has \(1, 1, 192\)"
-    ):
+    def refused(words: str, theirs: torch.nn.Module, ours: torch.nn.Module) -> None:
+        before = {name: value.clone() for name, value in ours.state_dict().items()}
+        checkpoint.save(tmp_path / "c.pth", {"model": theirs.state_dict()})
+        with pytest.raises(ValueError, match=rf"c\.pth is of another architecture: .*{words}"):
+            checkpoint.load_weights(ours, tmp_path / "c.pth", adapt_weights)
+        assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+
+    refused(r"cls_token \(1, 1, 96\) where the model has \(1, 1, 192\)", tiny(embed_dim=96), tiny())
+    refused(r"blocks\.1\.norm1\.weight is none of the model's", tiny(depth=2), tiny())
+    refused(r"blocks\.1\.norm1\.weight is missing; .*; .* and 11 more", tiny(), tiny(depth=2))
+    refused("cls_token is missing", timm.create_model("resnet18", num_classes=7), tiny())
+
+
+@pytest.mark.xfail(strict=True, raises=(AttributeError, RuntimeError), reason="their position embedding is looked at "
+                   "before it is known to fit")  # fmt: skip
+@pytest.mark.parametrize("case", ["class token with a position", "a model without positions"])
+def test_another_architectures_positions_are_refused(case, tmp_path):
+    """As a plain timm ViT's or MAE's file has them, which a user may well hand to --finetune."""
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=7, depth=1)
+    checkpoint.save(tmp_path / "c.pth", {"model": theirs.state_dict()})
+    ours = tiny() if case.startswith("class") else timm.create_model("resnet18", num_classes=7)
+    with pytest.raises(ValueError, match="is of another architecture"):
+        checkpoint.load_weights(ours, tmp_path / "c.pth", adapt_weights)
+
+
+@pytest.mark.xfail(strict=True, reason="says that the checkpoint holds no weights, but not which file it is")
+def test_a_checkpoint_without_weights_is_named(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=r"c\.pth"):
         checkpoint.load_weights(tiny(), tmp_path / "c.pth", adapt_weights)
-    checkpoint.save(tmp_path / "c.pth", {"model": tiny(depth=2).state_dict()})
-    with pytest.raises(ValueError, match=r"blocks\.1\.norm1\.weight is none of the model's"):
-        checkpoint.load_weights(tiny(), tmp_path / "c.pth", adapt_weights)
-    with pytest.raises(ValueError, match="is missing"):
-        checkpoint.load_weights(tiny(depth=3), tmp_path / "c.pth", adapt_weights)
 
 
 def test_upstreams_file_loads(tmp_path):
     part = reference("deit")["forward"]
     weights = {name: tensor_for(name, shape) for name, shape in part["keys"].items()}
+    assert any(name.endswith(".gamma_1") for name in weights)
     torch.save({"model": weights, "epoch": 3, "args": argparse.Namespace(lr=1)}, tmp_path / "upstream.pth")
     model = timm.create_model(part["model"], **SHAPE)
     checkpoint.load_weights(model, tmp_path / "upstream.pth", adapt_weights)
@@ -146,36 +271,69 @@ def test_upstreams_file_loads(tmp_path):
 def test_safetensors_and_bare_state_dicts_load(tmp_path):
     source = tiny()
     save_file(source.state_dict(), tmp_path / "c.safetensors")
-    torch.save({f"module.{k}": v for k, v in source.state_dict().items()}, tmp_path / "bare.pth")
-    for name in ("c.safetensors", "bare.pth"):
+    torch.save(source.state_dict(), tmp_path / "bare.pth")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "ddp.pth")
+    for name in ("c.safetensors", "bare.pth", "ddp.pth"):
         model = tiny()
-        torch.nn.init.zeros_(model.head.weight)
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
         checkpoint.load_weights(model, tmp_path / name, adapt_weights)
-        assert torch.equal(model.head.weight, source.head.weight)
+        assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_the_part_that_is_asked_for_is_loaded(tmp_path):
+    raw, averaged, model = tiny(), tiny(), tiny()
+    torch.nn.init.ones_(averaged.head.bias)
+    checkpoint.save(tmp_path / "c.pth", {"model": raw.state_dict(), "model_ema": averaged.state_dict()})
+    for part, bias in (("model_ema", 1), ("model", 0)):
+        checkpoint.load_weights(model, tmp_path / "c.pth", adapt_weights, part=part)
+        assert model.head.bias.tolist() == [bias] * 7
 
 
 def test_ours_loads_into_stock_timm(tmp_path):
-    model = timm.create_model("deit_small_patch16_LS", num_classes=7).eval()
-    checkpoint.save(tmp_path / "c.pth", {"model": model.state_dict(), "model_ema": model.state_dict(), "epoch": 0})
-    stock = timm.create_model("deit3_small_patch16_224", num_classes=7, checkpoint_path=str(tmp_path / "c.pth")).eval()
+    """timm takes the averaged weights where there are any."""
+    path = str(tmp_path / "c.pth")
+    ours = timm.create_model("deit_small_patch16_LS", num_classes=7).eval()
+    raw = {name: torch.zeros_like(value) for name, value in ours.state_dict().items()}
     with torch.no_grad():
-        torch.testing.assert_close(stock(image(1, 224)), model(image(1, 224)))
+        expected = ours(image(1, 224))
+        for part, content in (("model", {"model_ema": None}), ("model_ema", {"model": raw})):
+            checkpoint.save(
+                Path(path), {part: ours.state_dict(), "epoch": 0, "best": {}, "args": {"lr": 1.0}} | content
+            )
+            stock = timm.create_model("deit3_small_patch16_224", num_classes=7, checkpoint_path=path).eval()
+            assert torch.equal(stock(image(1, 224)), expected)
+        again = timm.create_model("deit_small_patch16_LS", num_classes=7, checkpoint_path=path).eval()
+        assert torch.equal(again(image(1, 224)), expected)
 
 
 def test_a_head_of_another_shape_stays_new_and_positions_are_interpolated(tmp_path):
-    checkpoint.save(tmp_path / "c.pth", {"model": tiny(num_classes=3, img_size=64).state_dict()})
+    source = tiny(num_classes=3, img_size=64)
+    checkpoint.save(tmp_path / "c.pth", {"model": source.state_dict()})
     model = tiny()
+    torch.nn.init.zeros_(model.patch_embed.proj.weight)
     head = model.head.weight.clone()
     checkpoint.load_weights(model, tmp_path / "c.pth", adapt_weights, new_head=True)
     assert torch.equal(model.head.weight, head)
-    assert model.pos_embed.shape == (1, 4, 192)
+    assert torch.equal(model.patch_embed.proj.weight, source.patch_embed.proj.weight)
+    grid = source.pos_embed.reshape(1, 4, 4, 192).permute(0, 3, 1, 2)
+    smaller = torch.nn.functional.interpolate(grid, (2, 2), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(model.pos_embed, smaller.permute(0, 2, 3, 1).reshape(1, 4, 192))
     with pytest.raises(ValueError, match=r"head.weight \(3, 192\) where the model has \(7, 192\)"):
         checkpoint.load_weights(tiny(), tmp_path / "c.pth", adapt_weights)
+
+
+def test_a_head_of_the_same_shape_is_taken(tmp_path):
+    source, model = tiny(), tiny()
+    torch.nn.init.ones_(source.head.weight)
+    checkpoint.save(tmp_path / "c.pth", {"model": source.state_dict()})
+    checkpoint.load_weights(model, tmp_path / "c.pth", adapt_weights, new_head=True)
+    assert torch.equal(model.head.weight, source.head.weight)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     model = tiny()
     model.head.bias.data[0] = float("inf")
     torch.save({"model": model.state_dict()}, tmp_path / "c.pth")
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match=r"c\.pth holds weights that are not finite"):
         checkpoint.load_weights(tiny(), tmp_path / "c.pth", adapt_weights)

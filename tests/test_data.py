@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import random
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -13,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import ImageDataset, create_transform
 from timm.data.auto_augment import rand_augment_transform
+from torchvision import datasets
 
+from common import dist
 from common.args import parse
 from common.data import (
     Digits,
     Views,
     check_classes,
+    create_mixup,
     evaluation_loader,
     evaluation_transform,
     open_data_set,
@@ -34,69 +39,116 @@ from deit.recipe import RECIPE
 ALONE = Process(torch.device("cpu"))
 
 
+def one_of(processes: int, rank: int) -> Process:
+    return Process(torch.device("cpu"), rank, processes)
+
+
 def settings(*flags: str):
     return parse(RECIPE, ["--num-workers", "0", "--batch-size", "4", "--input-size", "32", *flags])
 
 
-def first_batches(args, data, epoch=0, batches=3):
-    loader, _ = training_loader(args, data, ALONE)
+def photo(height: int = 90, width: int = 120) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def epoch_of(loader, batches: int, epoch: int) -> list:
     loader.sampler.set_epoch(epoch)
     return [(images, labels) for _, (images, labels, _) in zip(range(batches), loader)]
 
 
 def same(some, others) -> bool:
+    assert len(some) == len(others) > 0
     return all(torch.equal(a, b) for one, other in zip(some, others) for a, b in zip(one, other))
 
 
 def test_digits_are_split_once_for_all():
     train, val = Digits(train=True), Digits(train=False)
     assert (len(train), len(val)) == (1437, 360)
-    assert set(Counter(val.targets).values()) <= {35, 36, 37}
-    assert val.targets[:6] == Digits(train=False).targets[:6]
+    whole = Counter(train.targets) + Counter(val.targets)
+    assert all(abs(Counter(val.targets)[digit] - whole[digit] / 5) < 1 for digit in range(10)), "all classes alike"
+    assert val.targets[:12] == [5, 2, 8, 1, 7, 2, 6, 2, 6, 5, 0, 1], "the same ones for everybody"
     seen = {image.tobytes() for image in train.images}
     assert sum(image.tobytes() in seen for image in val.images) == 0
     assert (val[0][0].size, val[0][0].mode) == ((32, 32), "RGB")
+    assert (val[0][1], train[3][1]) == (val.targets[0], train.targets[3])
 
 
-def test_augmentation_follows_from_seed_epoch_and_place_alone(jpegs):
-    flags = ["--data-path", str(jpegs()), "--ThreeAugment", "--color-jitter", "0.3"]
-    data = open_data_set(settings(*flags), train=True)
-    alone = first_batches(settings(*flags), data)
-    for workers in ("1", "3"):
-        assert same(alone, first_batches(settings(*flags, "--num-workers", workers), data))
-    assert not same(alone, first_batches(settings(*flags), data, epoch=1))
-    assert not same(alone, first_batches(settings(*flags, "--seed", "1"), data))
+@pytest.fixture
+def random_views(jpegs):
+    """Flags of a training set whose images are augmented in every way at hand."""
+    return ["--data-path", str(jpegs()), "--color-jitter", "0.3", "--reprob", "0.5", "--aa", "rand-m9-mstd0.5-inc1",
+            "--no-repeated-aug"]  # fmt: skip
 
 
-def test_augmentation_leaves_the_global_generators_alone(jpegs):
-    args = settings("--data-path", str(jpegs()))
+def test_augmentation_follows_from_seed_epoch_and_place_alone(random_views):
+    data = open_data_set(settings(*random_views), train=True)
+    epochs = []
+    for flags in ([], ["--num-workers", "1"], ["--num-workers", "2"], ["--seed", "1"]):
+        loader, batches = training_loader(settings(*random_views, *flags), data, ALONE)
+        torch.manual_seed(len(epochs))  # what the global generators did before plays no part
+        epochs.append([epoch_of(loader, batches, epoch) for epoch in (0, 1, 0)])
+    alone, one, two, other_seed = epochs
+    for some in (one, two):
+        assert all(same(*pair) for pair in zip(alone, some))
+    assert same(alone[0], alone[2])
+    assert not same(alone[0], alone[1])
+    assert not same(alone[0], other_seed[0])
+
+
+def test_two_processes_augment_each_in_its_own_way_and_share_the_images(random_views):
+    args = settings(*random_views)
     data = open_data_set(args, train=True)
+    places: list[list] = []
+    for rank in range(2):
+        loader, batches = training_loader(args, data, one_of(2, rank))
+        assert batches == 4
+        places.append(list(loader.sampler))
+    assert sorted(index for part in places for index, _ in part) == list(range(32))
+    assert len({seed for part in places for _, seed in part}) == 32
+
+
+def test_augmentation_leaves_the_global_generators_alone(random_views):
+    args = settings(*random_views)
+    views = Views(open_data_set(args, train=True), training_transform(args))
     states = lambda: (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: E731
     before = states()
-    Views(data, training_transform(args))[0, 123]
+    first = views[0, 123][0]
     assert states() == before
+    random.seed(7)
+    assert torch.equal(views[0, 123][0], first)
+    assert not torch.equal(views[0, 124][0], first)
 
 
-def test_repeated_augmentation_works_on_one_process():
+@pytest.mark.parametrize("processes", [1, 2])
+def test_repeated_augmentation_gives_each_image_thrice_on_any_number_of_processes(processes):
+    """A third of the images an epoch, rounded down to 256 as the published sampler does."""
     args = settings("--data-set", "DIGITS", "--repeated-aug")
-    loader, batches = training_loader(args, Digits(train=True), ALONE)
-    places = list(loader.sampler)
-    assert set(Counter(index for index, _ in places).values()) == {3, 2} or max(
-        Counter(index for index, _ in places).values()) == 3  # fmt: skip
-    assert len({seed for _, seed in places}) == len(places), "three different views of an image"
-    assert batches == 1280 // 4
+    data = Digits(train=True)
+    places: list = []
+    for rank in range(processes):
+        loader, batches = training_loader(args, data, one_of(processes, rank))
+        assert batches == 1280 // processes // 4
+        places += loader.sampler
+    times = Counter(Counter(index for index, _ in places).values())
+    assert times == {3: 426, 2: 1}
+    assert len({seed for _, seed in places}) == 1280
+    twice = [places[i] for i in range(len(places)) if places[i][0] == places[0][0]]
+    views = [Views(data, training_transform(args))[place][0] for place in twice]
+    assert len(views) == 3 and not torch.equal(views[0], views[1]) and not torch.equal(views[1], views[2])
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 400])
 def test_evaluation_shares_hold_each_image_once(processes):
     args = settings("--data-set", "DIGITS", "--batch-size", "50")
     data = Digits(train=False)
-    labels: list[int] = []
+    transform = evaluation_transform(args)
+    expected = Counter(transform(image).numpy().tobytes() for image in data.images)
+    found: Counter = Counter()
     for rank in range(processes):
-        loader = evaluation_loader(args, data, Process(torch.device("cpu"), rank, processes))
-        labels += [int(label) for _, batch, _ in loader for label in batch]
-    assert Counter(labels) == Counter(data.targets)
-    assert len(labels) == 360
+        for images, _, bad in evaluation_loader(args, data, one_of(processes, rank)):
+            assert len(images) <= 75 and bad.tolist() == [-1] * len(images)
+            found.update(image.numpy().tobytes() for image in images)
+    assert found == expected
 
 
 def break_files(folder: Path) -> list[Path]:
@@ -111,58 +163,121 @@ def break_files(folder: Path) -> list[Path]:
     return files
 
 
-def test_unreadable_images_are_named_replaced_and_counted(jpegs):
+@pytest.mark.parametrize("reader", ["torchvision", "timm"])
+def test_unreadable_images_are_named_and_replaced(reader, jpegs):
     folder = jpegs()
     broken = break_files(folder)
     args = settings("--data-path", str(folder))
-    views = Views(open_data_set(args, train=True), evaluation_transform(args))
+    data = open_data_set(args, train=True) if reader == "torchvision" else ImageDataset(str(folder / "train"))
+    views = Views(data, evaluation_transform(args))
+    whole = views[4, 0]
+    assert whole[2] == -1
     for index, path in enumerate(broken):
         image, label, unreadable = views[index, 0]
-        assert (image.shape, label, unreadable) == ((3, 32, 32), 0, index)
+        assert (label, unreadable) == (0, index)
+        assert torch.equal(image, whole[0]), "the next image that can be read takes the place"
         assert views.name_of(unreadable) == str(path)
-    assert views[4, 0][2] == -1
+
+
+def test_the_first_image_takes_the_place_of_an_unreadable_last(jpegs):
+    folder = jpegs()
+    (folder / "train" / "dog" / "015.jpg").write_bytes(b"")
+    args = settings("--data-path", str(folder))
+    views = Views(open_data_set(args, train=True), evaluation_transform(args))
+    assert torch.equal(views[31, 0][0], views[0, 0][0])
+    assert views[31, 0][1:] == (0, 31), "with its own label"
+
+
+def test_unreadable_images_are_counted_once_each_and_stop_the_run_above_one_percent():
     said: list[str] = []
-    few = Unreadable(400, views.name_of, said.append)
+    few = Unreadable(400, "image {}".format, said.append)
     few.add(torch.tensor([-1, 0, 1, 2, 3, 0]))
     few.check()
-    assert [line.endswith(str(path)) for line, path in zip(said, broken)] == [True] * 4
+    assert said == [f"unreadable image, another takes its place: image {i}" for i in range(4)]
     few.add(torch.tensor([0, 1]))
     few.check()
-    assert len(said) == 4, "each is named once"
-    many = Unreadable(399, views.name_of, said.append)
+    assert len(said) == 4
+    many = Unreadable(399, str, said.append)
     many.add(torch.tensor([0, 1, 2, 3]))
     with pytest.raises(StopTraining, match="4 of 399 training images could not be read, more than 1 %"):
         many.check()
+    assert len(said) == 8, "the last straw is named too"
 
 
-def test_evaluation_leaves_unreadable_images_out(jpegs):
+class SaysCat(torch.nn.Module):
+    def forward(self, x):
+        return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_leaves_unreadable_images_out(processes, jpegs):
     folder = jpegs(val=6)
     (folder / "val" / "dog" / "002.jpg").write_text("broken")
+    (folder / "val" / "cat" / "005.jpg").write_text("broken")
+    (folder / "val" / "cat" / "004.jpg").write_text("broken")
     args = settings("--data-path", str(folder), "--batch-size", "2")
-    loader = evaluation_loader(args, open_data_set(args, train=False), ALONE)
+    data = open_data_set(args, train=False)
+    parts = [evaluate(SaysCat(), evaluation_loader(args, data, one_of(processes, r)), ALONE) for r in range(processes)]
+    assert sum(part["images"] for part in parts) == 9
+    assert sum(part["acc1"] * part["images"] for part in parts) == pytest.approx(100 * 4)
 
-    class SaysCat(torch.nn.Module):
-        def forward(self, x):
-            return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
 
-    result = evaluate(SaysCat(), loader, ALONE)
-    assert (result["images"], result["acc1"]) == (11, pytest.approx(100 * 6 / 11))
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the loader gives up on 100 images, or all, in a row")
+def test_not_one_evaluation_image_that_can_be_read_is_a_reason_to_stop(jpegs):
+    folder = jpegs()
+    for path in folder.glob("val/*/*"):
+        path.write_bytes(b"")
+    args = settings("--data-path", str(folder))
+    with pytest.raises(StopTraining, match="not one evaluation image could be read"):
+        evaluate(SaysCat(), evaluation_loader(args, open_data_set(args, train=False), ALONE), ALONE)
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the loader gives up on 100 images in a row")
+def test_many_unreadable_images_in_a_row_are_replaced_too():
+    """One broken folder of 120 among 20,000 images is below 1 %."""
+
+    class Broken:
+        def __len__(self):
+            return 20_000
+
+        def __getitem__(self, index):
+            if 50 <= index < 170:
+                raise OSError("input/output error")
+            return Image.new("RGB", (8, 8)), 0
+
+    assert Views(Broken(), evaluation_transform(settings()))[60, 0][2] == 60
 
 
 def test_folders_that_will_not_do(jpegs, tmp_path):
     def refused(words, *flags, train=True):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=words) as error:
             open_data_set(settings(*flags), train=train)
+        assert "\n" not in str(error.value)
 
-    refused("there is no such folder", "--data-path", str(tmp_path / "none"))
+    refused("none: there is no such folder", "--data-path", str(tmp_path / "none"))
     refused("has no folder train: train/<class>", "--data-path", str(tmp_path))
-    (tmp_path / "empty" / "train" / "cat").mkdir(parents=True)
-    refused("no images could be read", "--data-path", str(tmp_path / "empty"))
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    refused("no images could be read from .*empty", "--data-path", str(tmp_path / "empty"))
+    (tmp_path / "empty" / "train" / "cat").mkdir()
+    refused("no images could be read from .*empty", "--data-path", str(tmp_path / "empty"))
     refused("has no folder val or validation", "--data-path", str(tmp_path / "empty"), train=False)
-    refused("no images could be read", "--data-set", "CIFAR10", "--data-path", str(tmp_path))
+    for name in ("CIFAR10", "CIFAR", "INAT", "INAT19", "wds/x", "torch/nothing"):
+        refused(f"--data-set {name}: no images could be read from", "--data-set", name, "--data-path", str(tmp_path))
+    (tmp_path / "categories.json").write_text("no JSON")
     refused("no images could be read", "--data-set", "INAT", "--data-path", str(tmp_path))
-    refused("no images could be read", "--data-set", "wds/x", "--data-path", str(tmp_path))
-    refused("no images could be read", "--data-set", "torch/nothing", "--data-path", str(tmp_path))
+
+
+@pytest.mark.xfail(strict=True, reason="torchvision's advice, download=True, is none that a user of flags can follow")
+def test_a_missing_cifar_folder_comes_without_advice_that_is_no_flag(tmp_path):
+    with pytest.raises(ValueError) as error:
+        open_data_set(settings("--data-set", "CIFAR10", "--data-path", str(tmp_path)), train=True)
+    assert "download=True" not in str(error.value)
+
+
+@pytest.mark.xfail(strict=True, reason="timm reads a name whose prefix it does not know as a folder of images")
+def test_a_data_set_that_timm_does_not_know_is_refused(jpegs):
+    with pytest.raises(ValueError, match="wsd/imagenet"):
+        open_data_set(settings("--data-set", "wsd/imagenet", "--data-path", str(jpegs())), train=True)
 
 
 def test_train_and_val_need_the_same_classes(jpegs):
@@ -173,6 +288,9 @@ def test_train_and_val_need_the_same_classes(jpegs):
     (folder / "train" / "dog").rename(folder / "train" / "hen")
     with pytest.raises(ValueError, match="1 of train, such as 'hen', are not in val"):
         check_classes(open_data_set(args, train=True), val)
+    shutil.rmtree(folder / "train" / "hen")
+    with pytest.raises(ValueError, match="1 of val, such as 'dog', are not in train"):
+        check_classes(open_data_set(args, train=True), val)
 
 
 def test_validation_may_be_called_validation(jpegs):
@@ -181,7 +299,29 @@ def test_validation_may_be_called_validation(jpegs):
     assert len(open_data_set(settings("--data-path", str(folder)), train=False)) == 12
 
 
-def test_inaturalist_is_read_at_the_level_asked_for(tmp_path):
+@pytest.mark.parametrize(("name", "classes"), [("CIFAR10", 10), ("CIFAR", 100)])
+def test_cifar_is_read(name, classes, tmp_path, monkeypatch):
+    """Two images in the place of each of its files; its own checksums would refuse them."""
+    kind = datasets.CIFAR10 if classes == 10 else datasets.CIFAR100
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    pixels = np.stack([np.full(3072, 9, np.uint8), np.full(3072, 99, np.uint8)])
+    key = "labels" if classes == 10 else "fine_labels"
+    for file, _ in kind.train_list + kind.test_list:
+        (folder / file).write_bytes(pickle.dumps({"data": pixels, key: [3, 1]}))
+    names = {kind.meta["key"]: [f"class {i}" for i in range(classes)]}
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps(names))
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *path: True)
+    args = settings("--data-set", name, "--data-path", str(tmp_path))
+    train, val = (open_data_set(args, train=t) for t in (True, False))
+    assert (len(train), len(val)) == (2 * len(kind.train_list), 2)
+    assert check_classes(train, val) == classes
+    assert (val[1][1], val[1][0].getpixel((5, 5))) == (1, (99, 99, 99))
+
+
+@pytest.fixture
+def inaturalist(tmp_path):
     names = [{"id": 0, "name": "robin", "class": "bird"}, {"id": 1, "name": "wren", "class": "bird"},
              {"id": 2, "name": "frog", "class": "amphibian"}]  # fmt: skip
     (tmp_path / "categories.json").write_text(json.dumps(names))
@@ -192,66 +332,180 @@ def test_inaturalist_is_read_at_the_level_asked_for(tmp_path):
         (tmp_path / split).mkdir()
         for i in range(3):
             Image.new("RGB", (40, 40), (i * 90, 0, 0)).save(tmp_path / split / f"{i}.jpg")
-    flags = ["--data-set", "INAT19", "--data-path", str(tmp_path)]
+    return tmp_path
+
+
+def test_inaturalist_is_read_at_the_level_asked_for(inaturalist):
+    flags = ["--data-set", "INAT19", "--data-path", str(inaturalist)]
     by_name = open_data_set(settings(*flags), train=True)
     by_class = open_data_set(settings(*flags, "--inat-category", "class"), train=False)
     assert [by_name[i][1] for i in range(3)] == [1, 2, 0]
     assert [by_class[i][1] for i in range(3)] == [1, 1, 0]
     assert abs(by_class[2][0].getpixel((5, 5))[0] - 180) < 3
+    assert check_classes(by_name, open_data_set(settings(*flags), train=False)) == 3
+    assert Views(by_name, evaluation_transform(settings())).name_of(2) == str(inaturalist / "train" / "2.jpg")
+    with pytest.raises(ValueError, match=r"no images could be read from .*train2018\.json"):
+        open_data_set(settings("--data-set", "INAT", "--data-path", str(inaturalist)), train=True)
+
+
+@pytest.mark.xfail(strict=True, reason="a class of iNaturalist that only val has is said to be images that cannot be read")
+def test_inaturalists_parts_need_the_same_classes(inaturalist):
+    train = json.loads((inaturalist / "train2019.json").read_text())
+    train["annotations"].pop()
+    (inaturalist / "train2019.json").write_text(json.dumps(train))
+    args = settings("--data-set", "INAT19", "--data-path", str(inaturalist))
+    with pytest.raises(ValueError, match="different classes: .*frog"):
+        check_classes(open_data_set(args, train=True), open_data_set(args, train=False))
+
+
+BROKEN = {("train", 0, 4), ("validation", 1, 2)}  # split, shard, place
+
+
+def make_shards(folder: Path, broken: set[tuple[str, int, int]]) -> list[str]:
+    """Two WebDataset shards a split, of real JPEGs, with timm's _info.json → the flags that name them."""
+    pytest.importorskip("webdataset")
+    folder.mkdir()
+    info = {}
+    for split, count in (("train", 24), ("validation", 10)):
+        names = [f"digits-{split}-{shard:04}.tar" for shard in range(2)]
+        for shard, name in enumerate(names):
+            with tarfile.open(folder / name, "w") as tar:
+                for i in range(count // 2):
+                    jpeg = io.BytesIO()
+                    Image.new("RGB", (40, 40), (20 * i, 100 * shard, 0)).save(jpeg, "JPEG")
+                    content = b"no JPEG" if (split, shard, i) in broken else jpeg.getvalue()
+                    for suffix, part in (("jpg", content), ("cls", str(i + shard * count // 2).encode())):
+                        entry = tarfile.TarInfo(f"{shard}{i:03}.{suffix}")
+                        entry.size = len(part)
+                        tar.addfile(entry, io.BytesIO(part))
+        info[split] = {"name": split, "filenames": names, "shard_lengths": [count // 2] * 2, "num_samples": count}
+    (folder / "_info.json").write_text(json.dumps({"splits": info}))
+    return ["--data-set", "wds/digits", "--data-path", str(folder)]
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """Two WebDataset shards a split, of real JPEGs, with timm's _info.json."""
-    pytest.importorskip("webdataset")
-    info = {}
-    for split, count in (("train", 24), ("validation", 10)):
-        names, lengths = [], []
-        for shard in range(2):
-            name = f"digits-{split}-{shard:04}.tar"
-            with tarfile.open(tmp_path / name, "w") as tar:
-                for i in range(count // 2):
-                    jpeg = io.BytesIO()
-                    Image.new("RGB", (40, 40), (20 * i, 100 * shard, 0)).save(jpeg, "JPEG")
-                    for suffix, content in (("jpg", jpeg.getvalue()), ("cls", str(i % 3).encode())):
-                        entry = tarfile.TarInfo(f"{shard}{i:03}.{suffix}")
-                        entry.size = len(content)
-                        tar.addfile(entry, io.BytesIO(content))
-            names.append(name)
-            lengths.append(count // 2)
-        info[split] = {"name": split, "filenames": names, "shard_lengths": lengths, "num_samples": count}
-    (tmp_path / "_info.json").write_text(json.dumps({"splits": info}))
-    return tmp_path
+    """Shards in which every image has a label of its own."""
+    return make_shards(tmp_path / "shards", broken=set())
+
+
+def read_as(args, train: bool, process: Process):
+    """The shards as timm's reader takes them in a process of several."""
+    data = open_data_set(args, train)
+    data.reader.dist_rank, data.reader.dist_num_replicas = process.rank, process.world_size
+    return data
+
+
+def labels_of(loader) -> list[int]:
+    return [int(label) for _, labels, _ in loader for label in labels]
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_shards_are_trained_on_and_evaluated_once_each(shards, workers):
-    args = settings("--data-set", "wds/digits", "--data-path", str(shards), "--num-workers", workers)
+def test_shards_are_trained_on(shards, workers):
+    args = settings(*shards, "--num-workers", workers)
     loader, batches = training_loader(args, open_data_set(args, train=True), ALONE)
     assert batches == 6
     images, labels, bad = next(iter(loader))
     assert (images.shape, labels.shape, bad.tolist()) == ((4, 3, 32, 32), (4,), [-1] * 4)
-    counted: Counter = Counter()
+    loader, _ = training_loader(args, open_data_set(args, train=True), ALONE)
+    epochs = labels_of(loader), labels_of(loader)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24)), "each image once an epoch"
+    assert epochs[0] != epochs[1] != list(range(24)), "shuffled"
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_shards_are_evaluated_once_each(shards, workers, processes):
+    args = settings(*shards, "--num-workers", workers)
+    found: list[int] = []
+    for rank in range(processes):
+        process = one_of(processes, rank)
+        found += labels_of(evaluation_loader(args, read_as(args, False, process), process))
+    assert sorted(found) == list(range(10))
+
+
+def test_broken_images_of_shards_are_left_out_of_evaluation(tmp_path):
+    args = settings(*make_shards(tmp_path / "shards", BROKEN))
+    found: list[int] = []
     for rank in range(2):
-        share = evaluation_loader(args, open_data_set(args, train=False), Process(torch.device("cpu"), rank, 2))
-        counted += Counter(int(label) for _, batch, _ in share for label in batch)
-    assert counted == {0: 4, 1: 4, 2: 2}
+        found += labels_of(evaluation_loader(args, read_as(args, False, one_of(2, rank)), one_of(2, rank)))
+    assert sorted(found) == [i for i in range(10) if i != 7]
 
 
-def test_transforms_are_the_recipes(jpegs):
-    names = lambda t: [type(op).__name__ for part in t.transforms for op in part.transforms]  # noqa: E731
-    three = names(
-        training_transform(settings("--ThreeAugment", "--color-jitter", "0.3", "--data-path", "x", "--reprob", "0"))
-    )
-    assert three == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "AutoAugment", "ColorJitter",
-                     "MaybeToTensor", "Normalize"]  # fmt: skip
+@pytest.mark.xfail(strict=True, reason="the length is divided by the number of processes twice: timm's reader did already")
+def test_an_epoch_of_shards_is_all_of_them_on_two_processes(shards):
+    args = settings(*shards)
+    found: list[int] = []
+    for rank in range(2):
+        loader, batches = training_loader(args, read_as(args, True, one_of(2, rank)), one_of(2, rank))
+        found += labels_of(batch for _, batch in zip(range(batches), loader))
+    assert sorted(found) == list(range(24))
+
+
+@pytest.mark.xfail(strict=True, reason="timm's reader is not told the epoch, and its shuffle starts anew with each start")
+def test_a_continued_run_sees_the_shards_in_the_order_of_its_epoch(shards):
+    args = settings(*shards)
+    orders = []
+    for epochs in ([0, 1], [1]):
+        loader, _ = training_loader(args, open_data_set(args, train=True), ALONE)
+        for epoch in epochs:  # as common.train does
+            dist.seed_everything(args.seed, 0, epoch)
+            if hasattr(loader.sampler, "set_epoch"):
+                loader.sampler.set_epoch(epoch)
+            order = labels_of(loader)
+        orders.append(order)
+    assert orders[0] == orders[1]
+
+
+@pytest.mark.xfail(strict=True, reason="a loader process without a shard yields nothing, and the epoch ends early")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_more_loader_processes_than_shards_see_all_images(shards):
+    args = settings(*shards, "--num-workers", "3")
+    loader, batches = training_loader(args, open_data_set(args, train=True), ALONE)
+    assert len(list(zip(range(batches), loader))) == batches
+
+
+@pytest.mark.xfail(strict=True, reason="timm leaves broken images of shards out; they are neither counted nor named")
+def test_broken_images_of_shards_are_counted(tmp_path):
+    args = settings(*make_shards(tmp_path / "shards", BROKEN))
+    loader, _ = training_loader(args, open_data_set(args, train=True), ALONE)
+    assert any((bad >= 0).any() for _, _, bad in loader)
+
+
+def operations(transform) -> list[str]:
+    return [type(op).__name__ for part in transform.transforms for op in part.transforms]
+
+
+def test_three_augment_is_the_recipes():
+    flags = ["--ThreeAugment", "--color-jitter", "0.3", "--data-path", "x"]
+    three = training_transform(settings(*flags, "--reprob", "0"))
+    assert operations(three) == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "AutoAugment",
+                                 "ColorJitter", "MaybeToTensor", "Normalize"]  # fmt: skip
+    policy = three.transforms[1].transforms[0].policy
+    assert sorted(op.name for (op,) in policy) == ["Desaturate", "GaussianBlurRand", "Solarize"]
+    assert operations(training_transform(settings(*flags, "--reprob", "0.1")))[-1] == "RandomErasing"
+    assert three(photo()).shape == (3, 32, 32)
+
+
+def test_src_is_a_resize_and_a_crop_after_padding():
     src = training_transform(settings("--src", "--ThreeAugment", "--data-path", "x"))
-    assert [type(op).__name__ for op in src.transforms[0].transforms[0].transforms] == ["Resize", "RandomCrop"]
-    assert src(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
-    ours = evaluation_transform(settings("--eval-crop-ratio", "0.875", "--data-path", "x"))(image)
-    resized = image.resize((int(36 * 120 / 90), 36), Image.Resampling.BICUBIC)  # int(32 / 0.875) = 36
-    crop = np.asarray(resized.crop((8, 2, 40, 34)), dtype=np.float32) / 255
+    simple, flip = src.transforms[0].transforms
+    assert [type(op).__name__ for op in simple.transforms] == ["Resize", "RandomCrop"]
+    assert (simple.transforms[1].padding, simple.transforms[1].padding_mode) == (4, "reflect")
+    assert type(flip).__name__ == "RandomHorizontalFlip"
+    for size in ((50, 40), (40, 50), (20, 33)):
+        assert src(photo(*size)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("ratio", [0.875, 1.0, 0.9])
+def test_evaluation_resizes_and_crops_the_centre(ratio):
+    """Against the same by PIL and numpy."""
+    ours = evaluation_transform(settings("--eval-crop-ratio", str(ratio), "--data-path", "x"))(photo())
+    side = int(32 / ratio)
+    width = int(side * 120 / 90)
+    left, top = round((width - 32) / 2), round((side - 32) / 2)
+    resized = photo().resize((width, side), Image.Resampling.BICUBIC)
+    crop = np.asarray(resized.crop((left, top, left + 32, top + 32)), dtype=np.float32) / 255
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     torch.testing.assert_close(ours, torch.from_numpy((crop - mean) / std).permute(2, 0, 1).float(), atol=1e-5, rtol=0)
 
@@ -260,7 +514,7 @@ def test_rand_augment_draws_20000_times_with_this_pillow():
     """Posterize to 0 bits, which it sometimes draws, is refused by Pillow 13."""
     random.seed(0)
     augment = rand_augment_transform("rand-m9-mstd0.5-inc1", {"translate_const": 3, "img_mean": (124, 116, 104)})
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    image = photo(8, 8)
     for _ in range(20_000):
         augment(image)
 
@@ -270,7 +524,7 @@ def test_more_processes_or_larger_batches_than_images():
     with pytest.raises(ValueError, match="are fewer than one batch: --batch-size 2048 must shrink"):
         training_loader(args, Digits(train=True), ALONE)
     with pytest.raises(ValueError, match="2000 processes for 1437 training images"):
-        training_loader(args, Digits(train=True), Process(torch.device("cpu"), 0, 2000))
+        training_loader(args, Digits(train=True), one_of(2000, 0))
 
 
 def test_timms_transform_is_what_the_flags_say():
@@ -279,12 +533,22 @@ def test_timms_transform_is_what_the_flags_say():
     ours = training_transform(args)
     theirs = create_transform(32, is_training=True, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1",
                               interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1)  # fmt: skip
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
     for seed in range(20):
         results = []
         for transform in (ours, theirs):
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
-            results.append(transform(image))
+            results.append(transform(photo()))
         assert torch.equal(*results)
+
+
+def test_mixup_is_timms_where_it_is_asked_for():
+    assert create_mixup(settings("--data-path", "x", "--mixup", "0", "--cutmix", "0"), 5) is None
+    mixed = create_mixup(settings("--data-path", "x", "--cutmix", "0", "--smoothing", "0.1"), 5)
+    assert mixed is not None
+    np.random.seed(0)
+    images, labels = mixed(torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)]), torch.tensor([0, 3]))
+    share = images[1, 0, 0, 0].item()
+    assert labels[1, 3].item() == pytest.approx(share * 0.92 + (1 - share) * 0.02, abs=1e-5)
+    assert labels.sum(dim=1).tolist() == pytest.approx([1.0, 1.0])

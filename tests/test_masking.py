@@ -62,21 +62,23 @@ def test_mask_token_takes_the_place_of_whole_blocks_after_the_patch_embedding():
 class Grid(nn.Module):
     """A patch embedding of 4-pixel patches that gives its tokens in one of the layouts of timm's models."""
 
-    def __init__(self, layout: str):
+    def __init__(self, layout: str, channels: int):
         super().__init__()
         self.patch_size, self.layout = 4, layout
-        self.proj = nn.Conv2d(3, 6, 4, 4)
+        self.proj = nn.Conv2d(3, channels, 4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.proj(x)  # (B, C, H, W)
         return {"NCHW": x, "NHWC": x.permute(0, 2, 3, 1), "NLC": x.flatten(2).transpose(1, 2)}[self.layout]
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NLC"])
-def test_mask_token_finds_the_grid_in_each_layout(layout):
+@pytest.mark.parametrize(("layout", "channels"), [
+    ("NCHW", 6), ("NHWC", 6), ("NLC", 6), ("NHWC", 8), ("NLC", 8), ("NCHW", 8),
+])  # fmt: skip
+def test_mask_token_finds_the_grid_in_each_layout(layout, channels):
     """The same seed hides the same blocks of an image that is wider than high, whichever way its tokens lie."""
     model: nn.Module = nn.Module()
-    model.patch_embed = Grid(layout)
+    model.patch_embed = Grid(layout, channels)
     mask = TokenMask.on(model, block=8)
     x = torch.randn(3, 3, 16, 32)
     plain = model.patch_embed.proj(x)
@@ -84,13 +86,13 @@ def test_mask_token_finds_the_grid_in_each_layout(layout):
     torch.manual_seed(4)
     masked = model.patch_embed(x)
     if layout == "NLC":
-        masked = masked.view(3, 4, 8, 6)
+        masked = masked.view(3, 4, 8, channels)
     if layout != "NCHW":
         masked = masked.permute(0, 3, 1, 2)
     torch.manual_seed(4)
     hidden = block_mask(3, (4, 8), (2, 2), 0.5)[:, None]
     assert hidden.float().mean() == 0.5
-    assert torch.equal(masked, torch.where(hidden, model.mask_token.view(1, 6, 1, 1), plain))
+    assert torch.equal(masked, torch.where(hidden, model.mask_token.view(1, channels, 1, 1), plain))
 
 
 @pytest.mark.parametrize(("name", "size"), [

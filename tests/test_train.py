@@ -24,7 +24,7 @@ from common.args import parse
 from common.dist import Process
 from common.engine import train_one_epoch
 from deit.recipe import RECIPE
-from tests.conftest import ROOT, command, run
+from tests.conftest import ROOT, command, environment, run
 
 FLAGS = ["--model", "deit_pico_patch8_LS", "--input-size", "32", "--num-workers", "0", "--batch-size", "8", "--epochs",
          "2", "--warmup-epochs", "0", "--amp", "off", "--reprob", "0", "--aa", "none", "--no-repeated-aug",
@@ -120,7 +120,7 @@ def test_a_killed_run_ends_with_the_same_bits(jpegs, tmp_path):
     base = ["--data-path", str(jpegs(train=120)), "--augsub", "masking", "--output-dir"]
     start(*base, str(tmp_path / "undisturbed"))
     flags = [*base, str(tmp_path / "killed")]
-    killed = subprocess.Popen(command(*FLAGS, *flags), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    killed = subprocess.Popen(command(*FLAGS, *flags), cwd=tmp_path, stdout=subprocess.DEVNULL, env=environment())
     while not (tmp_path / "killed" / "checkpoint.pth").exists() and killed.poll() is None:
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
