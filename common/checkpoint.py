@@ -37,7 +37,29 @@ def save(path: Path, state: dict[str, Any]) -> None:
             if weight.is_floating_point() and not weight.isfinite().all():
                 raise FloatingPointError(f"{name} of the {part} holds values that are not finite")
     with replacing(path) as file:
-        torch.save(without_mask_token(state), file)
+        written: Any = _Written(file)
+        try:
+            torch.save(without_mask_token(state), written)
+        except RuntimeError as error:  # torch's own word for a write that failed
+            raise written.error or error from error
+
+
+class _Written:
+    """A file that remembers what a write failed with."""
+
+    def __init__(self, file: Any):
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 @contextmanager
@@ -96,7 +118,7 @@ def load(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # garbage can make an unpickler raise anything
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # names a function or a class
             raise ValueError(
                 f"{path}: refused, since it carries code to run on loading, where a checkpoint needs tensors and "
                 "plain values only"
@@ -116,7 +138,7 @@ def weights(content: dict[str, Any], part: str = "model") -> dict[str, Tensor]:
             break
     state = clean_state_dict({k: v for k, v in content.items() if isinstance(v, Tensor)})
     if not state:
-        raise ValueError("the checkpoint holds no weights")
+        raise ValueError("it holds no weights")
     return state
 
 
@@ -144,7 +166,10 @@ def load_weights(
         ValueError: the checkpoint is of another architecture; names the tensors that differ.
     """
     content = load(path) if content is None else content
-    state = adapt(weights(content, part), model)
+    try:
+        state = adapt(weights(content, part), model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     own = model.state_dict()
     if "mask_token" in own:  # AugSub's, which a plain run's checkpoint does not have
         state.setdefault("mask_token", content.get(MASK_TOKENS, {}).get(part, own["mask_token"]))

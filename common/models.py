@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -62,9 +63,11 @@ def check_name(name: str) -> None:
 
 def resample_positions(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The state dict with position embeddings of another image size interpolated, bicubic without antialiasing."""
-    weight = state.get("pos_embed")
-    if weight is not None and weight.shape[::2] == model.pos_embed.shape[::2]:
+    weight, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    if weight is not None and own is not None and weight.shape[::2] == own.shape[::2]:
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        if math.isqrt(weight.shape[1] - prefix) ** 2 != weight.shape[1] - prefix:
+            return state  # no square grid, so of a model with other prefix tokens
         weight = resample_abs_pos_embed(
             weight, model.patch_embed.grid_size, num_prefix_tokens=prefix, antialias=False, align_corners=False
         )

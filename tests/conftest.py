@@ -3,12 +3,14 @@ running the real entry points as real processes."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tarfile
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,31 @@ def jpegs(tmp_path: Path) -> Callable[..., Path]:
         return make_jpegs(tmp_path / name, train, val, classes)
 
     return make
+
+
+def make_shards(folder: Path, broken: Collection[tuple[str, int, int]] = ()) -> list[str]:
+    """Two WebDataset shards a split, of real JPEGs, with timm's _info.json → the flags that name them.
+
+    Each image has a label of its own, counted through the split. `broken`: (split, shard, place) of images that are none.
+    """
+    pytest.importorskip("webdataset")
+    folder.mkdir()
+    info = {}
+    for split, count in (("train", 24), ("validation", 10)):
+        names = [f"digits-{split}-{shard:04}.tar" for shard in range(2)]
+        for shard, name in enumerate(names):
+            with tarfile.open(folder / name, "w") as tar:
+                for i in range(count // 2):
+                    jpeg = io.BytesIO()
+                    Image.new("RGB", (40, 40), (20 * i, 100 * shard, 0)).save(jpeg, "JPEG")
+                    content = b"no JPEG" if (split, shard, i) in broken else jpeg.getvalue()
+                    for suffix, part in (("jpg", content), ("cls", str(i + shard * count // 2).encode())):
+                        entry = tarfile.TarInfo(f"{shard}{i:03}.{suffix}")
+                        entry.size = len(part)
+                        tar.addfile(entry, io.BytesIO(part))
+        info[split] = {"name": split, "filenames": names, "shard_lengths": [count // 2] * 2, "num_samples": count}
+    (folder / "_info.json").write_text(json.dumps({"splits": info}))
+    return ["--data-set", "wds/digits", "--data-path", str(folder)]
 
 
 @pytest.fixture

@@ -348,7 +348,9 @@ def test_inaturalist_is_read_at_the_level_asked_for(inaturalist):
         open_data_set(settings("--data-set", "INAT", "--data-path", str(inaturalist)), train=True)
 
 
-@pytest.mark.xfail(strict=True, reason="a class of iNaturalist that only val has is said to be images that cannot be read")
+@pytest.mark.xfail(
+    strict=True, reason="a class of iNaturalist that only val has is said to be images that cannot be read"
+)
 def test_inaturalists_parts_need_the_same_classes(inaturalist):
     train = json.loads((inaturalist / "train2019.json").read_text())
     train["annotations"].pop()
@@ -432,7 +434,9 @@ def test_broken_images_of_shards_are_left_out_of_evaluation(tmp_path):
     assert sorted(found) == [i for i in range(10) if i != 7]
 
 
-@pytest.mark.xfail(strict=True, reason="the length is divided by the number of processes twice: timm's reader did already")
+@pytest.mark.xfail(
+    strict=True, reason="the length is divided by the number of processes twice: timm's reader did already"
+)
 def test_an_epoch_of_shards_is_all_of_them_on_two_processes(shards):
     args = settings(*shards)
     found: list[int] = []
@@ -442,7 +446,9 @@ def test_an_epoch_of_shards_is_all_of_them_on_two_processes(shards):
     assert sorted(found) == list(range(24))
 
 
-@pytest.mark.xfail(strict=True, reason="timm's reader is not told the epoch, and its shuffle starts anew with each start")
+@pytest.mark.xfail(
+    strict=True, reason="timm's reader is not told the epoch, and its shuffle starts anew with each start"
+)
 def test_a_continued_run_sees_the_shards_in_the_order_of_its_epoch(shards):
     args = settings(*shards)
     orders = []
