@@ -20,6 +20,7 @@ from common.recipe import Recipe
 
 DIGITS = "DIGITS"
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", DIGITS)
+TIMM_READERS = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")
 
 # what may differ between a run and its continuation without making another run of it
 MAY_CHANGE = {"output_dir", "resume", "eval", "device", "num_workers", "pin_mem", "log_interval", "data_path",
@@ -120,7 +121,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: saying which flag, why, and what would do.
     """
-    if args.data_set not in DATA_SETS and "/" not in args.data_set:
+    if args.data_set not in DATA_SETS and not args.data_set.lower().startswith(TIMM_READERS):
         close = difflib.get_close_matches(args.data_set.upper(), DATA_SETS, n=1)
         raise ValueError(
             f"unknown data set {args.data_set!r}"

@@ -84,9 +84,9 @@ class INaturalist(datasets.VisionDataset):
         super().__init__(root)
         names = {entry["id"]: entry[category] for entry in self._read("categories.json")}
         lists = {split: self._read(f"{split}{year}.json") for split in ("train", "val")}
-        used = sorted({names[a["category_id"]] for a in lists["train"]["annotations"]})
-        self.class_to_idx = {name: index for index, name in enumerate(used)}
-        self.classes = used
+        used = {split: {names[a["category_id"]] for a in lists[split]["annotations"]} for split in lists}
+        self.class_to_idx = {name: index for index, name in enumerate(sorted(used["train"] | used["val"]))}
+        self.classes = sorted(used["train" if train else "val"])
         chosen = lists["train" if train else "val"]
         files = {image["id"]: image["file_name"] for image in chosen["images"]}
         self.samples = [
@@ -168,7 +168,8 @@ def open_data_set(args: argparse.Namespace, train: bool) -> Dataset:
         json.JSONDecodeError,
         zipfile.BadZipFile,
     ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).replace("You can use download=True to download it", "").split())
+        reason = reason or type(error).__name__
         raise ValueError(f"--data-set {name}: no images could be read from {root or name} ({reason})") from error
 
 
@@ -212,11 +213,12 @@ class Views(Dataset):
     """Transformed images of a data set, each drawn from a random state of its own.
 
     Item (index, seed) → (image (3, H, W), label, unreadable), where `unreadable` is the index of the image if it
-    could not be read, and -1 if it could. The next readable image takes the place of one that cannot be.
+    could not be read, and -1 if it could. Where `replace` is set another image, drawn at random, takes the place of
+    one that cannot be read; else there is no image.
     """
 
-    def __init__(self, data: Any, transform: Callable[[Image.Image], Tensor]):
-        self.data, self.transform = data, transform
+    def __init__(self, data: Any, transform: Callable[[Image.Image], Tensor], replace: bool = True):
+        self.data, self.transform, self.replace = data, transform, replace
         if hasattr(data, "_max_retries"):  # timm replaces unreadable images too, without a count
             data._max_retries = 1
 
@@ -225,16 +227,18 @@ class Views(Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int, int]:
         index, seed = place
-        unreadable = -1
-        for step in range(min(len(self), 100)):
+        at, unreadable, others = index, -1, random.Random(seed)
+        for _ in range(100):
             try:
-                image, label = self.data[(index + step) % len(self)]
+                image, label = self.data[at]
                 image = image.convert("RGB")
                 break
             except UNREADABLE:
-                unreadable = index
+                if not self.replace:
+                    return torch.zeros(3, 1, 1), -1, index
+                unreadable, at = index, others.randrange(len(self))
         else:
-            raise RuntimeError(f"100 images in a row from {self.name_of(index)} on could not be read")
+            raise RuntimeError(f"100 images drawn in place of {self.name_of(index)} could not be read either")
         with drawn_from(seed):
             return self.transform(image), int(label), unreadable
 
@@ -299,7 +303,9 @@ class EveryNth(IterableDataset):
 
 def collate(batch: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
     """→ images (B, 3, H, W), labels (B,), and for each the index it could not be read at, or -1 (B,)."""
-    images = torch.stack([item[0] for item in batch])
+    there = [image for image, label, *_ in batch if label >= 0]
+    blank = torch.zeros_like(there[0]) if there else torch.zeros(3, 1, 1)
+    images = torch.stack([image if label >= 0 else blank for image, label, *_ in batch])
     labels = torch.tensor([int(item[1]) for item in batch])
     return images, labels, torch.tensor([item[2] if len(item) > 2 else -1 for item in batch])
 
@@ -315,10 +321,16 @@ def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tu
     transform = training_transform(args)
     views: Any
     sampler: Any
+    workers = args.num_workers
     if isinstance(data, IterableDataset):
         data.transform = transform  # type: ignore[attr-defined]
         views, sampler = data, None
-        length = len(data) // process.world_size  # type: ignore[arg-type]
+        shards = len(getattr(getattr(data.reader, "split_info", None), "filenames", ()))  # type: ignore[attr-defined]
+        if shards:  # a loader process without a shard of its own would end the epoch
+            workers = min(workers, shards // process.world_size)
+            if shards < process.world_size:
+                raise ValueError(f"{process.world_size} processes for {shards} shards: start fewer processes")
+        length = len(data)  # type: ignore[arg-type]  # of this process: timm's readers divide
     else:
         if args.repeated_aug:
             order: Any = RepeatAugSampler(
@@ -339,12 +351,19 @@ def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tu
         batch_size=args.batch_size,
         sampler=sampler,
         drop_last=True,
-        num_workers=args.num_workers,
+        num_workers=workers,
         pin_memory=args.pin_mem and process.device.type == "cuda",
-        persistent_workers=args.num_workers > 0,
+        persistent_workers=workers > 0,
         collate_fn=collate,
     )
     return loader, batches
+
+
+def set_epoch(loader: DataLoader, epoch: int) -> None:
+    """Tells a loader which epoch's order and augmentation come next."""
+    for ordered in (loader.sampler, loader.dataset):
+        if hasattr(ordered, "set_epoch"):
+            ordered.set_epoch(epoch)
 
 
 def evaluation_loader(args: argparse.Namespace, data: Any, process: Process) -> DataLoader:
@@ -354,7 +373,7 @@ def evaluation_loader(args: argparse.Namespace, data: Any, process: Process) -> 
         views: Any = EveryNth(data, process.rank, process.world_size)
         order = None
     else:
-        views = Views(data, evaluation_transform(args))
+        views = Views(data, evaluation_transform(args), replace=False)
         order = [(index, 0) for index in range(process.rank, len(data), process.world_size)]
     return DataLoader(
         views,

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import checkpoint, dist
 from common.args import DIGITS, MAY_CHANGE, parse
 from common.augsub import AugSub
-from common.data import check_classes, create_mixup, evaluation_loader, open_data_set, training_loader
+from common.data import check_classes, create_mixup, evaluation_loader, open_data_set, set_epoch, training_loader
 from common.dist import Process
 from common.engine import StopTraining, Trainer, Unreadable, autocast, evaluate, train_one_epoch
 from common.log import CURVES, Log, duration, entries
@@ -392,8 +392,7 @@ def train(job: Job) -> None:
         log.line(f"all {args.epochs} epochs are trained already")
     for epoch in range(job.epoch, args.epochs):
         dist.seed_everything(args.seed, job.process.rank, epoch)
-        if hasattr(job.train_loader.sampler, "set_epoch"):
-            job.train_loader.sampler.set_epoch(epoch)
+        set_epoch(job.train_loader, epoch)
         log.epoch(epoch)
         means = train_one_epoch(
             job.trainer,

@@ -91,7 +91,7 @@ def jpegs(tmp_path: Path) -> Callable[..., Path]:
 def make_shards(folder: Path, broken: Collection[tuple[str, int, int]] = ()) -> list[str]:
     """Two WebDataset shards a split, of real JPEGs, with timm's _info.json → the flags that name them.
 
-    Each image has a label of its own, counted through the split. `broken`: (split, shard, place) of images that are none.
+    Each image has a label of its own, counted through the split. `broken`: (split, shard, place) of no images.
     """
     pytest.importorskip("webdataset")
     folder.mkdir()
