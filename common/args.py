@@ -129,8 +129,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.data_set != DIGITS and not args.data_path and not args.data_set.startswith("hf"):
         raise ValueError(f"--data-set {args.data_set} needs --data-path, the folder that holds it")
-    at_least = {"batch_size": 1, "epochs": 1, "accum_iter": 1, "log_interval": 1, "input_size": 1, "num_workers": 0,
-                "augsub_block": 1, "save_freq": 1}  # fmt: skip
+    at_least = {"seed": 0, "batch_size": 1, "epochs": 1, "accum_iter": 1, "log_interval": 1, "input_size": 1,
+                "num_workers": 0, "augsub_block": 1, "save_freq": 1}  # fmt: skip
     for name, least in at_least.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{hyphenated('--' + name)[2:]} {getattr(args, name)}: at least {least} is needed")

@@ -44,7 +44,7 @@ class Log:
         self.began = time.time()
         if speaks and folder is not None:
             _drop_from(folder, start_epoch)
-            purge = start_epoch * self.curve_steps
+            purge = start_epoch * self.curve_steps + 1  # the epoch before ends at the step itself
             self.curves = SummaryWriter(curves or str(folder / CURVES), purge_step=purge)
 
     def line(self, text: str) -> None:

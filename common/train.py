@@ -298,13 +298,17 @@ def make_folder(args: argparse.Namespace, process: Process) -> Path | None:
 
 def settings(args: argparse.Namespace, process: Process) -> dict[str, Any]:
     """What decides a run: arguments, command, processes, commit and versions."""
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        commit = ""
     return {
         "args": plain(vars(args)),
         "command": sys.argv,
         "processes": process.world_size,
         "device": str(process.device),
-        "commit": git.stdout.strip() or None,
+        "commit": commit or None,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
