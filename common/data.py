@@ -355,6 +355,7 @@ def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tu
         pin_memory=args.pin_mem and process.device.type == "cuda",
         persistent_workers=workers > 0,
         collate_fn=collate,
+        generator=torch.Generator(),  # else the first pass of each start draws from the generator of the drops
     )
     return loader, batches
 

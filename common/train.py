@@ -109,7 +109,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
     model = create_model(recipe, args, classes)
     if args.finetune and not source:
         checkpoint.load_weights(
-            model, fetch(args.finetune), recipe.adapt_weights, new_head=True, head_std=recipe.new_head_std
+            model, fetch(args.finetune), recipe.adapt_weights, new_head=training, head_std=recipe.new_head_std
         )
     if getattr(args, "sync_bn", False):
         if process.device.type != "cuda":
@@ -265,7 +265,8 @@ def restore(
                            "optimizer"]  # fmt: skip
     try:
         trainer.optimizer.load_state_dict(content["optimizer"])
-        trainer.scaler.load_state_dict(content["scaler"])
+        if content["scaler"]:  # empty where the run so far was not in float16
+            trainer.scaler.load_state_dict(content["scaler"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{source}: its optimizer state does not fit --opt {args.opt} ({error})") from error
     epoch = content["epoch"] + 1
