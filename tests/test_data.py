@@ -95,6 +95,17 @@ def test_augmentation_follows_from_seed_epoch_and_place_alone(random_views):
     assert not same(alone[0], other_seed[0])
 
 
+def test_an_image_is_augmented_anew_in_each_epoch_and_by_each_seed(random_views):
+    drawn = set()
+    for flags in ([], ["--seed", "1"]):
+        args = settings(*random_views, *flags)
+        loader, _ = training_loader(args, open_data_set(args, train=True), ALONE)
+        for epoch in range(3):
+            loader.sampler.set_epoch(epoch)
+            drawn |= {seed for _, seed in loader.sampler}
+    assert len(drawn) == 2 * 3 * 32
+
+
 def test_two_processes_augment_each_in_its_own_way_and_share_the_images(random_views):
     args = settings(*random_views)
     data = open_data_set(args, train=True)
@@ -180,17 +191,32 @@ def test_unreadable_images_are_named_and_replaced(reader, jpegs):
         assert torch.equal(views[index, 7][0], image), "the same one for the same seed"
 
 
+@pytest.mark.parametrize("reader", ["torchvision", "timm"])
+def test_one_unreadable_image_is_not_passed_over_by_the_reader(reader, jpegs):
+    """timm's own tries the next ones without a word."""
+    folder = jpegs()
+    broken = folder / "train" / "dog" / "005.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    args = settings("--data-path", str(folder))
+    data = open_data_set(args, train=True) if reader == "torchvision" else ImageDataset(str(folder / "train"))
+    views = Views(data, evaluation_transform(args))
+    assert [views[index, 0][2] for index in range(32)] == [21 if index == 21 else -1 for index in range(32)]
+
+
 def test_unreadable_images_are_counted_once_each_and_stop_the_run_above_one_percent():
     said: list[str] = []
     few = Unreadable(400, "image {}".format, said.append)
     few.add(torch.tensor([-1, 0, 1, 2, 3, 0]))
     few.check()
     assert said == [f"unreadable image, another takes its place: image {i}" for i in range(4)]
-    few.add(torch.tensor([0, 1]))
-    few.check()
+    for _ in range(2):
+        few.add(torch.tensor([0, 1]))
+        few.check()
     assert len(said) == 4
     many = Unreadable(399, str, said.append)
-    many.add(torch.tensor([0, 1, 2, 3]))
+    many.add(torch.tensor([0, 1]))
+    many.check()
+    many.add(torch.tensor([2, 3]))
     with pytest.raises(StopTraining, match="4 of 399 training images could not be read, more than 1 %"):
         many.check()
     assert len(said) == 8, "the last straw is named too"
