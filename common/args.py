@@ -22,6 +22,10 @@ DIGITS = "DIGITS"
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", DIGITS)
 TIMM_READERS = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")
 
+# settings that a recipe may offer as flags, at what they are for one that does not
+UNOFFERED = {"src": False, "train_mode": True, "aug_repeats": 0, "zip": False, "sync_bn": False, "dist_bn": "reduce",
+             "auto_resume": True, "checkpoint_hist": 0, "log_dir": None}  # fmt: skip
+
 # what may differ between a run and its continuation without making another run of it
 MAY_CHANGE = {"output_dir", "resume", "eval", "device", "num_workers", "pin_mem", "log_interval", "data_path",
               "data_dir", "dist_eval", "start_epoch", "compile", "channels_last", "variant", "save_freq",
@@ -62,6 +66,11 @@ def hyphenated(word: str) -> str:
         return word
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value
+
+
+def flag(name: str) -> str:
+    """A setting's flag: `batch_size` → `--batch-size`."""
+    return hyphenated(f"--{name}")
 
 
 def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -133,13 +142,13 @@ def check(args: argparse.Namespace) -> None:
                 "num_workers": 0, "augsub_block": 1, "save_freq": 1}  # fmt: skip
     for name, least in at_least.items():
         if getattr(args, name) < least:
-            raise ValueError(f"--{hyphenated('--' + name)[2:]} {getattr(args, name)}: at least {least} is needed")
+            raise ValueError(f"{flag(name)} {getattr(args, name)}: at least {least} is needed")
     for name in ("augsub_ratio", "drop", "drop_path"):
         if not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is outside [0, 1)")
+            raise ValueError(f"{flag(name)} {getattr(args, name)} is outside [0, 1)")
     for name in ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "hflip", "vflip"):
         if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is outside [0, 1]")
+            raise ValueError(f"{flag(name)} {getattr(args, name)} is outside [0, 1]")
     if mixup_active(args) and args.batch_size % 2:
         raise ValueError(f"--batch-size {args.batch_size}: mixup pairs images, so it must be even")
     if not 0 < args.eval_crop_ratio <= 1:
@@ -271,6 +280,7 @@ def create_parser(recipe: Recipe) -> Parser:
         help="data-loading processes of each process; 10, or as many as there are cores")  # fmt: skip
     add("--pin-mem", action=switch, default=True, help="page-locked host memory for transfers to the GPU")
 
+    parser.set_defaults(**UNOFFERED)
     recipe.add_flags(parser)
     return parser
 

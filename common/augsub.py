@@ -204,8 +204,7 @@ def _install_mask(model: nn.Module, ratio: float, block: int) -> _Switch:
     if not isinstance(model.patch_drop, (PatchDropout, PatchDropoutWithIndices)):
         # a model with rotary or variable-length positions holds None here and wants to know which tokens were kept
         layer = PatchDropoutWithIndices if model.patch_drop is None else PatchDropout
-        prefix = getattr(model, "num_prefix_tokens", 0)
-        model.patch_drop = layer(0.0, num_prefix_tokens=prefix).train(model.training)
+        model.patch_drop = layer(0.0, num_prefix_tokens=model.num_prefix_tokens).train(model.training)
     return _Switch(model.patch_drop, "prob", ratio)
 
 

@@ -35,8 +35,7 @@ from common.dist import Process
 # what PIL and the readers raise on files that are no image, cut short, or too large to be one; RuntimeError is timm's
 # word for a sample that failed as often as it was tried
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error,
-              zipfile.BadZipFile,
-              Image.DecompressionBombError)  # fmt: skip
+              zipfile.BadZipFile, Image.DecompressionBombError)  # fmt: skip
 UNREADABLE_SHARE = 0.01
 REPEATS = 3
 
@@ -142,7 +141,7 @@ def open_data_set(args: argparse.Namespace, train: bool) -> Dataset:
     try:
         if name == DIGITS:
             return Digits(train)
-        if name == "IMNET" and getattr(args, "zip", False):
+        if name == "IMNET" and args.zip:
             return ZipFolder(Path(root), "train" if train else "val")
         if name == "IMNET":
             return _folder(Path(root), train)
@@ -334,7 +333,7 @@ def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tu
     else:
         if args.repeated_aug:
             order: Any = RepeatAugSampler(
-                data, process.world_size, process.rank, num_repeats=getattr(args, "aug_repeats", 0) or REPEATS
+                data, process.world_size, process.rank, num_repeats=args.aug_repeats or REPEATS
             )
         else:
             order = DistributedSampler(data, process.world_size, process.rank, seed=args.seed, drop_last=True)
@@ -404,7 +403,7 @@ def training_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tens
         re_count=args.recount,
         separate=True,
     )
-    if getattr(args, "src", False):
+    if args.src:
         crop.transforms[0] = transforms.Compose(
             [
                 transforms.Resize(args.input_size, interpolation=InterpolationMode.BICUBIC),

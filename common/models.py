@@ -37,28 +37,23 @@ def register(module: str, name: str, build: Callable[..., nn.Module], **shape: A
     setattr(sys.modules[module], name, register_model(entry))
 
 
-def create_timm_model(args: argparse.Namespace, classes: int) -> nn.Module:
+def create_timm_model(args: argparse.Namespace, classes: int, **kwargs: Any) -> nn.Module:
     """The timm model `args.model`. A model that is built for one image size gets `input_size`, and its `drop` in the
-    projections and MLPs of its blocks; any other has it before the classifier.
+    projections and MLPs of its blocks; any other has it before the classifier. `kwargs` are timm's.
 
     Raises:
         ValueError: timm knows no such model.
     """
-    check_name(args.model)
+    if not timm.is_model(args.model):
+        close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
+        near = f": did you mean {' or '.join(close)}?" if close else ": timm.list_models() lists them"
+        raise ValueError(f"unknown model {args.model!r}{near}")
     cfg = timm.get_pretrained_cfg(args.model)
     if cfg is None or cfg.fixed_input_size:  # ours come without a cfg
         own = {"img_size": args.input_size, "proj_drop_rate": args.drop}
     else:
         own = {"drop_rate": args.drop}
-    return timm.create_model(args.model, num_classes=classes, drop_path_rate=args.drop_path, **own)
-
-
-def check_name(name: str) -> None:
-    """Refuses a name that timm does not know, with the nearest that it does."""
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        near = f": did you mean {' or '.join(close)}?" if close else ": timm.list_models() lists them"
-        raise ValueError(f"unknown model {name!r}{near}")
+    return timm.create_model(args.model, num_classes=classes, drop_path_rate=args.drop_path, **own | kwargs)
 
 
 def resample_positions(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:

@@ -21,10 +21,15 @@ Settings = Mapping[str, Any]
 SetLR = Callable[[int], None]
 
 
+def without_weight_decay(model: nn.Module) -> set[str]:
+    """Names of parameters that weight decay leaves alone besides biases and norms: what the model exempts, and
+    AugSub's mask token."""
+    return {"mask_token"} | set(getattr(model, "no_weight_decay", set)())
+
+
 def weight_decay_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Parameter groups without weight decay on biases, norms, AugSub's mask token and what the model exempts."""
-    exempt = {"mask_token"} | set(getattr(model, "no_weight_decay", set)())
-    return param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=exempt)
+    """Parameter groups with and without weight decay."""
+    return param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=without_weight_decay(model))
 
 
 def lr_per_512(args: argparse.Namespace, global_batch: int) -> argparse.Namespace:

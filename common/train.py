@@ -111,19 +111,19 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
         checkpoint.load_weights(
             model, fetch(args.finetune), recipe.adapt_weights, new_head=training, head_std=recipe.new_head_std
         )
-    if getattr(args, "sync_bn", False):
+    if args.sync_bn:
         if process.device.type != "cuda":
             raise ValueError("--sync-bn needs GPUs: PyTorch has no such batch norm for the CPU")
         model = convert_sync_batchnorm(model)
     augsub = AugSub(model, args.augsub, args.augsub_ratio, block=args.augsub_block, batch_norm=args.augsub_bn)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(process.device).to(memory_format=memory_format)
-    ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
 
-    if not training:
-        train_loader, batches = None, 1
-    else:
-        train_loader, batches = training_loader(args, train_data, process)
+    train_loader, batches = training_loader(args, train_data, process) if training else (None, 1)
+    updates = math.ceil(batches / args.accum_iter)
     in_force = recipe.scale_lr(args, args.batch_size * process.world_size * args.accum_iter)
     optimizer = create_optimizer(recipe, model, in_force)
     mixup = create_mixup(args, classes)
@@ -135,20 +135,19 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
         augsub=augsub,
         criterion=recipe.loss(args, mixup is not None),
         optimizer=optimizer,
-        set_lr=recipe.schedule(optimizer, in_force, math.ceil(batches / args.accum_iter)),
+        set_lr=recipe.schedule(optimizer, in_force, updates),
         scaler=torch.amp.GradScaler(process.device.type, enabled=dtype is torch.float16),
         autocast=dtype,
-        ema=ema if args.model_ema else None,
+        ema=ema,
         mixup=mixup,
         clip_grad=args.clip_grad,
         accumulate=args.accum_iter,
         memory_format=memory_format,
-        train_mode=getattr(args, "train_mode", True),
+        train_mode=args.train_mode,
     )
     start, best, notes = restore(recipe, args, source, trainer) if source else (args.start_epoch, {}, [])
     folder = make_folder(args, process) if training else None
-    updates = math.ceil(batches / args.accum_iter)
-    log = Log(folder, process.is_main, start, updates, args.epochs, recipe.curve_steps, getattr(args, "log_dir", None))
+    log = Log(folder, process.is_main, start, updates, args.epochs, recipe.curve_steps, args.log_dir)
     for line in (*describe(args, process, trainer, classes, updates), *notes):
         log.line(line)
     views = train_loader.dataset if train_loader is not None else None
@@ -225,7 +224,7 @@ def resume_from(args: argparse.Namespace) -> str:
     if args.resume:
         return fetch(args.resume)
     own = Path(args.output_dir, checkpoint.LAST)
-    if args.output_dir and own.exists() and getattr(args, "auto_resume", True):
+    if args.output_dir and own.exists() and args.auto_resume:
         return str(own)
     if args.eval and not args.throughput and not args.finetune:
         raise ValueError("--eval needs weights: --resume or --finetune names a checkpoint, or --output-dir a run")
@@ -409,19 +408,17 @@ def train(job: Job) -> None:
             job.unreadable,
         )
         log.end_epoch()
-        if job.process.world_size > 1:
-            how = getattr(args, "dist_bn", "reduce")
-            if how:
-                distribute_bn(job.model, job.process.world_size, reduce=how == "reduce")
+        if job.process.world_size > 1 and args.dist_bn:
+            distribute_bn(job.model, job.process.world_size, reduce=args.dist_bn == "reduce")
         results = evaluate_all(job)
         better = results["acc1"] > job.best.get("acc1", -1.0)
         if better:
             job.best = {"acc1": results["acc1"], "epoch": epoch}
+        scores = {name: value for name, value in results.items() if name != "images"}
         entry = {f"train_{name}": value for name, value in means.items()}
-        entry |= {f"test_{name}": value for name, value in results.items() if name != "images"}
+        entry |= {f"test_{name}": value for name, value in scores.items()}
         log.record(entry | {"epoch": epoch, "n_parameters": parameters})
-        scores: dict[str, float | None] = {f"test/{name}": value for name, value in results.items() if name != "images"}
-        log.scalars(scores, log.step(epoch, log.updates))
+        log.scalars({f"test/{name}": value for name, value in scores.items()}, log.step(epoch, log.updates))
         log.line(f"epoch {epoch + 1}/{args.epochs}  {accuracies(results)}  best {job.best['acc1']:.2f} %")
         due = better or (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs
         if job.process.is_main and job.folder is not None and due:
@@ -449,7 +446,7 @@ def save(job: Job, epoch: int, better: bool) -> None:
         checkpoint.save(path, state)
         if better:
             checkpoint.keep_as(path, job.folder / checkpoint.BEST)
-        keep_best(job, epoch, getattr(job.args, "checkpoint_hist", 0))
+        keep_best(job, epoch, job.args.checkpoint_hist)
     except (OSError, RuntimeError, FloatingPointError) as error:
         left = "the one before is still there" if path.exists() else "none was written before"
         raise StopTraining(f"{path} could not be written ({error}); {left}") from error

@@ -6,13 +6,12 @@ import argparse
 from functools import partial
 from typing import Any
 
-import timm
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import mae.models
-from common.models import check_name
-from common.recipe import Recipe, update_schedule
+from common.models import create_timm_model
+from common.recipe import Recipe, update_schedule, without_weight_decay
 
 PAPER = {"weight_decay": 0.05, "mixup": 0.8, "cutmix": 1.0, "dist_eval": True}
 BASE = PAPER | {"model": "vit_base_patch16", "batch_size": 128, "blr": 5e-4, "layer_decay": 0.65, "drop_path": 0.1}
@@ -65,15 +64,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
-    check_name(args.model)
-    return timm.create_model(
-        args.model,
-        num_classes=classes,
-        img_size=args.input_size,
-        proj_drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-        global_pool="avg" if args.global_pool else "token",
-    )
+    pool = "avg" if args.global_pool else "token"
+    return create_timm_model(args, classes, img_size=args.input_size, global_pool=pool)
 
 
 def scale_lr(args: argparse.Namespace, global_batch: int) -> argparse.Namespace:
@@ -83,8 +75,9 @@ def scale_lr(args: argparse.Namespace, global_batch: int) -> argparse.Namespace:
 
 def param_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
     """timm's layer decay: each block learns slower than the one above it by `layer_decay`."""
-    exempt = set(getattr(model, "no_weight_decay", set)())
-    return param_groups_layer_decay(model, args.weight_decay, no_weight_decay_list=exempt, layer_decay=args.layer_decay)
+    return param_groups_layer_decay(
+        model, args.weight_decay, no_weight_decay_list=without_weight_decay(model), layer_decay=args.layer_decay
+    )
 
 
 RECIPE = Recipe(
