@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from timm.data import create_transform
+
 from common.augsub import KINDS
 from common.dist import is_main_before_start
 from common.masking import BLOCK
@@ -21,6 +23,8 @@ from common.recipe import Recipe
 DIGITS = "DIGITS"
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", DIGITS)
 TIMM_READERS = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "constant", "wsd", "rsqrt", "plateau", "none")
+INTERPOLATIONS = ("random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 # settings that a recipe may offer as flags, at what they are for one that does not
 UNOFFERED = {"src": False, "train_mode": True, "aug_repeats": 0, "zip": False, "sync_bn": False, "dist_bn": "reduce",
@@ -101,11 +105,12 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
             parser.error(f"--variant {first.variant} trains on ImageNet: --data-path says where it is")
         if first.variant is None:
             parser.set_defaults(**recipe.digits)
+        parser.set_defaults(output_dir=None)
     parser.set_defaults(**{**from_files, "data_set": data_set, "data_path": data_path})
     try:
         args = parser.parse_args(argv)
         args.recipe = recipe.name
-        if data_set == DIGITS and args.output_dir == parser.get_default("output_dir"):
+        if args.output_dir is None:
             args.output_dir = digits_folder(parser, args)
         recipe.check(args)
         check(args)
@@ -139,16 +144,37 @@ def check(args: argparse.Namespace) -> None:
     if args.data_set != DIGITS and not args.data_path and not args.data_set.startswith("hf"):
         raise ValueError(f"--data-set {args.data_set} needs --data-path, the folder that holds it")
     at_least = {"seed": 0, "batch_size": 1, "epochs": 1, "accum_iter": 1, "log_interval": 1, "input_size": 1,
-                "num_workers": 0, "augsub_block": 1, "save_freq": 1}  # fmt: skip
+                "num_workers": 0, "augsub_block": 1, "save_freq": 1, "start_epoch": 0, "warmup_epochs": 0,
+                "cooldown_epochs": 0, "recount": 1, "lr": 0, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0,
+                "mixup": 0, "cutmix": 0, "bce_target_thresh": 0}  # fmt: skip
     for name, least in at_least.items():
-        if getattr(args, name) < least:
-            raise ValueError(f"{flag(name)} {getattr(args, name)}: at least {least} is needed")
-    for name in ("augsub_ratio", "drop", "drop_path"):
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{flag(name)} {value}: at least {least} is needed")
+    for name in ("clip_grad", "decay_epochs", "opt_eps"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{flag(name)} {value}: more than 0 is needed")
+    for name in ("augsub_ratio", "drop", "drop_path", "momentum", "model_ema_decay"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"{flag(name)} {getattr(args, name)} is outside [0, 1)")
     for name in ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "hflip", "vflip"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"{flag(name)} {getattr(args, name)} is outside [0, 1]")
+    betas = args.opt_betas or ()
+    if betas and (len(betas) != (3 if "adan" in args.opt else 2) or not all(0 <= beta < 1 for beta in betas)):
+        raise ValueError(
+            f"--opt-betas {' '.join(map(str, betas))}: two numbers in [0, 1) are needed, such as 0.9 0.999"
+        )
+    for name in ("scale", "ratio"):
+        least, most = getattr(args, name)
+        if not 0 < least <= most:
+            raise ValueError(f"{flag(name)} {least} {most}: the lesser of two positive numbers comes first")
+    if args.cutmix_minmax is not None:
+        least, most = args.cutmix_minmax
+        if not (least >= 0 and most <= 1 and int(least * args.input_size) < int(most * args.input_size)):
+            raise ValueError(f"--cutmix-minmax {least} {most}: sides of the least and the greatest box are needed, as "
+                             "shares of the image and a pixel apart, such as 0.2 0.8")  # fmt: skip
     if mixup_active(args) and args.batch_size % 2:
         raise ValueError(f"--batch-size {args.batch_size}: mixup pairs images, so it must be even")
     if not 0 < args.eval_crop_ratio <= 1:
@@ -173,7 +199,8 @@ def create_parser(recipe: Recipe) -> Parser:
     add("--batch-size", type=int, default=64, help="images per process and micro-batch")
     add("--epochs", type=int, default=300)
     add("--accum-iter", "--accumulation-steps", type=int, default=1, help="micro-batches per optimizer step")
-    add("--output-dir", "--output", default="", help="folder for checkpoints and logs; empty saves nothing")
+    add("--output-dir", "--output", default="", help="folder for checkpoints and logs; empty saves nothing; not given, "
+        "runs on the digits have one each in output/")  # fmt: skip
     add("--resume", default="", help="checkpoint to continue from; by default the one in the output folder")
     add("--start-epoch", type=int, default=0, help="epoch to start at, where --resume does not say")
     add("--eval", action="store_true", help="evaluate and leave")
@@ -220,7 +247,7 @@ def create_parser(recipe: Recipe) -> Parser:
     group = parser.add_argument_group("schedule")
     add = group.add_argument
     add("--lr", type=float, default=5e-4, help="learning rate")
-    add("--sched", default="cosine", help="a timm schedule")
+    add("--sched", choices=SCHEDULES, default="cosine", help="a timm schedule")
     add("--warmup-lr", type=float, default=1e-6)
     add("--min-lr", type=float, default=1e-5)
     add("--warmup-epochs", type=int, default=5)
@@ -247,17 +274,18 @@ def create_parser(recipe: Recipe) -> Parser:
     add("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
     add("--vflip", type=float, default=0.0, help="probability of a vertical flip")
     add("--color-jitter", type=float, default=None)
-    add("--aa", type=none_or_str, default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy, or none")
-    add("--train-interpolation", default="bicubic", help="random, bilinear, bicubic")
+    add("--aa", type=augmentation_policy, default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy, or none")
+    add("--train-interpolation", choices=INTERPOLATIONS, default="bicubic")
     add("--repeated-aug", action=switch, default=False, help="each image three times an epoch, a third of them")
     add("--reprob", type=float, default=0.25, help="probability of random erasing")
-    add("--remode", default="pixel", help="random erasing: const, rand or pixel")
+    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="random erasing puts in 0, a random "
+        "colour, or one for each pixel")  # fmt: skip
     add("--recount", type=int, default=1, help="random erasing: most regions an image")
     add("--resplit", action=switch, default=False, help="upstream's flag: no erasing in a first, clean split, of which "
         "there is none here")  # fmt: skip
     add("--mixup", type=float, default=0.0, help="mixup alpha")
     add("--cutmix", type=float, default=0.0, help="CutMix alpha")
-    add("--cutmix-minmax", type=float, nargs="+", default=None, help="CutMix box side, least and most")
+    add("--cutmix-minmax", type=float, nargs=2, default=None, help="CutMix box side, least and most")
     add("--mixup-prob", type=float, default=1.0, help="share of batches that are mixed")
     add(
         "--mixup-switch-prob", type=float, default=0.5, help="share of mixed batches that get CutMix, where both are on"
@@ -285,6 +313,15 @@ def create_parser(recipe: Recipe) -> Parser:
     return parser
 
 
-def none_or_str(value: str) -> str | None:
-    """None for "none" and for the empty string."""
-    return None if value.lower() in ("", "none") else value
+def augmentation_policy(value: str) -> str | None:
+    """A policy that timm can make, such as rand-m9-mstd0.5-inc1; None for "none" and for the empty string."""
+    if value.lower() in ("", "none"):
+        return None
+    try:
+        create_transform(32, is_training=True, auto_augment=value)
+    except (AssertionError, LookupError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"timm makes no policy of {value!r} ({error or type(error).__name__}), but of rand-m9-mstd0.5-inc1, "
+            "original, v0, augmix-m3 or 3a"
+        ) from error
+    return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import random
 import struct
@@ -16,14 +17,16 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_dataset, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.readers import reader_wds
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 from torchvision import datasets, transforms
@@ -208,12 +211,16 @@ def _classes(data: Dataset) -> list[str] | None:
     return None
 
 
+NONE = -1  # label of an item without an image
+Item = tuple[Tensor, int, tuple[str, ...]]
+
+
 class Views(Dataset):
     """Transformed images of a data set, each drawn from a random state of its own.
 
-    Item (index, seed) → (image (3, H, W), label, unreadable), where `unreadable` is the index of the image if it
-    could not be read, and -1 if it could. Where `replace` is set another image, drawn at random, takes the place of
-    one that cannot be read; else there is no image.
+    Item (index, seed) → (image (3, H, W), label, names of what could not be read: none or one). Where `replace` is set
+    another image, drawn at random, takes the place of one that cannot be read; else, and where a hundred drawn in its
+    place cannot be read either, there is no image and the label is `NONE`.
     """
 
     def __init__(self, data: Any, transform: Callable[[Image.Image], Tensor], replace: bool = True):
@@ -224,20 +231,20 @@ class Views(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int, int]:
+    def __getitem__(self, place: tuple[int, int]) -> Item:
         index, seed = place
-        at, unreadable, others = index, -1, random.Random(seed)
-        for _ in range(100):
+        others = random.Random(seed)
+        at = index
+        unreadable: tuple[str, ...] = ()
+        for _ in range(100 if self.replace else 1):
             try:
                 image, label = self.data[at]
                 image = image.convert("RGB")
                 break
             except UNREADABLE:
-                if not self.replace:
-                    return torch.zeros(3, 1, 1), -1, index
-                unreadable, at = index, others.randrange(len(self))
+                unreadable, at = (self.name_of(index),), others.randrange(len(self))
         else:
-            raise RuntimeError(f"100 images drawn in place of {self.name_of(index)} could not be read either")
+            return torch.zeros(3, 1, 1), NONE, unreadable
         with drawn_from(seed):
             return self.transform(image), int(label), unreadable
 
@@ -286,27 +293,107 @@ class SeededSampler(Sampler[tuple[int, int]]):
         return zip(self.order, seeds.tolist())
 
 
-class EveryNth(IterableDataset):
-    """This process's share of a stream that every process reads whole: items rank, rank + n, rank + 2n, …"""
+class Broken(NamedTuple):
+    """Stands for an image of a shard that could not be decoded."""
 
-    def __init__(self, stream: Any, rank: int, world_size: int):
-        self.stream, self.rank, self.world_size = stream, rank, world_size
-        reader = stream.reader
-        for name, alone in (("dist_rank", 0), ("dist_num_replicas", 1)):
-            if hasattr(reader, name):
-                setattr(reader, name, alone)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (item for i, item in enumerate(self.stream) if i % self.world_size == self.rank)
+    name: str
 
 
-def collate(batch: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
-    """→ images (B, 3, H, W), labels (B,), and for each the index it could not be read at, or -1 (B,)."""
-    there = [image for image, label, *_ in batch if label >= 0]
+class Stream(IterableDataset):
+    """Transformed images of a timm data set that is read from front to back, such as WebDataset shards.
+
+    Items are those of `Views`. An epoch's order and augmentation follow from (seed, epoch, rank) and the number of
+    loader processes, not from the epochs before it.
+
+    Args:
+        data: timm's data set.
+        transform: PIL image → (3, H, W).
+        seed: of the run.
+        process: this one.
+        train: the reader shuffles, gives each process its share, and the image before takes the place of one that
+            cannot be read. Else every process reads the whole and keeps each world_size-th image.
+    """
+
+    def __init__(self, data: Any, transform: Callable[[Image.Image], Tensor], seed: int, process: Process, train: bool):
+        self.data, self.transform, self.seed, self.process, self.train = data, transform, seed, process, train
+        self.epoch = multiprocessing.Value("q", 0)  # loader processes that live on hear of it
+        if not train:
+            for name, alone in (("dist_rank", 0), ("dist_num_replicas", 1)):
+                if hasattr(data.reader, name):
+                    setattr(data.reader, name, alone)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.value = epoch
+        self.data.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Item]:
+        worker = torch.utils.data.get_worker_info()
+        draw = random.Random(repr((self.seed, self.epoch.value, self.process.rank, worker.id if worker else 0)))
+        if isinstance(self.data.reader, reader_wds.ReaderWds):
+            restart_shards(self.data.reader, draw.randrange(2**62))
+        images = self._replaced() if self.train else self._share()
+        for image, label, unreadable in images:
+            with drawn_from(draw.randrange(2**62)):
+                tensor = torch.zeros(3, 1, 1) if image is None else self.transform(image.convert("RGB"))
+                yield tensor, int(label), unreadable
+
+    def _share(self) -> Iterator[tuple[Image.Image | None, int, tuple[str, ...]]]:
+        for image, label in islice(self.data, self.process.rank, None, self.process.world_size):
+            if isinstance(image, Broken):
+                yield None, NONE, (image.name,)
+            else:
+                yield image, label, ()
+
+    def _replaced(self) -> Iterator[tuple[Image.Image | None, int, tuple[str, ...]]]:
+        good: tuple[Image.Image, int] | None = None
+        waiting: list[str] = []  # names of those before the first that could be read
+        for image, label in self.data:
+            if not isinstance(image, Broken):
+                good = image, label
+                yield *good, ()
+                yield from ((*good, (name,)) for name in waiting)
+                waiting.clear()
+            elif good is not None:
+                yield *good, (image.name,)
+            else:
+                waiting.append(image.name)
+        yield from ((None, NONE, (name,)) for name in waiting)
+
+
+def restart_shards(reader: reader_wds.ReaderWds, seed: int) -> None:
+    """Makes a reader of shards shuffle from `seed` at its next pass, and give a `Broken` for what it cannot decode.
+
+    timm's shuffle begins anew with each start of the program and runs on from one epoch to the next, and what it
+    cannot decode it leaves out.
+    """
+    decode = reader_wds._decode
+
+    def decode_or_name(sample: dict[str, Any], **how: Any) -> Any:
+        try:
+            return decode(sample, **how)
+        except UNREADABLE:
+            name = f"{sample['__key__']} of {sample['__url__']}"
+            return {"jpg": Broken(name), "target": NONE, "json": None}
+
+    reader._lazy_init()  # learns which loader process it is in
+    reader.worker_seed = seed
+    reader_wds._decode = decode_or_name
+    try:
+        reader._lazy_init()  # makes its pipeline, from the seed
+    finally:
+        reader_wds._decode = decode
+
+
+def collate(batch: list[Item]) -> tuple[Tensor, Tensor, list[str]]:
+    """→ images (B, 3, H, W), labels (B,), of which `NONE` has a blank for an image, and names of unreadable ones."""
+    there = [image for image, label, _ in batch if label != NONE]
     blank = torch.zeros_like(there[0]) if there else torch.zeros(3, 1, 1)
-    images = torch.stack([image if label >= 0 else blank for image, label, *_ in batch])
-    labels = torch.tensor([int(item[1]) for item in batch])
-    return images, labels, torch.tensor([item[2] if len(item) > 2 else -1 for item in batch])
+    images = torch.stack([image if label != NONE else blank for image, label, _ in batch])
+    labels = torch.tensor([label for _, label, _ in batch])
+    return images, labels, [name for _, _, names in batch for name in names]
 
 
 def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tuple[DataLoader, int]:
@@ -322,8 +409,7 @@ def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tu
     sampler: Any
     workers = args.num_workers
     if isinstance(data, IterableDataset):
-        data.transform = transform  # type: ignore[attr-defined]
-        views, sampler = data, None
+        views, sampler = Stream(data, transform, args.seed, process, train=True), None
         shards = len(getattr(getattr(data.reader, "split_info", None), "filenames", ()))  # type: ignore[attr-defined]
         if shards:  # a loader process without a shard of its own would end the epoch
             workers = min(workers, shards // process.world_size)
@@ -369,8 +455,7 @@ def set_epoch(loader: DataLoader, epoch: int) -> None:
 def evaluation_loader(args: argparse.Namespace, data: Any, process: Process) -> DataLoader:
     """This process's share of the evaluation images; the shares of all processes hold each image exactly once."""
     if isinstance(data, IterableDataset):
-        data.transform = evaluation_transform(args)  # type: ignore[attr-defined]
-        views: Any = EveryNth(data, process.rank, process.world_size)
+        views: Any = Stream(data, evaluation_transform(args), args.seed, process, train=False)
         order = None
     else:
         views = Views(data, evaluation_transform(args), replace=False)

@@ -14,6 +14,8 @@ import torch.distributed as torch_dist
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 
+LEAVING = "leaving"  # a count in the store that the processes share
+
 
 @dataclass(frozen=True)
 class Process:
@@ -32,6 +34,25 @@ class Process:
 def is_main_before_start() -> bool:
     """Whether this is the first process, told from the environment alone, so that one process speaks of bad input."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+
+
+def is_first_to_leave() -> bool:
+    """Whether this process is the first of all to ask: of several that stop over the same trouble, one speaks."""
+    if not _distributed():
+        return is_main_before_start()
+    return _store().add(LEAVING, 1) == 1
+
+
+def another_left() -> bool:
+    """Whether another process has stopped, so that what went wrong here went wrong for want of it."""
+    try:
+        return _distributed() and _store().add(LEAVING, 0) > 0
+    except RuntimeError:  # the store went with the process that kept it
+        return True
+
+
+def _store() -> torch_dist.Store:
+    return torch_dist.distributed_c10d._get_default_store()
 
 
 @contextmanager
@@ -84,11 +105,11 @@ def all_min(values: Tensor) -> Tensor:
     return values
 
 
-def all_union(values: set[int]) -> set[int]:
+def all_union(values: set[str]) -> set[str]:
     """What is in the set of any process."""
     if not _distributed():
         return set(values)
-    parts: list[set[int]] = [set() for _ in range(torch_dist.get_world_size())]
+    parts: list[set[str]] = [set() for _ in range(torch_dist.get_world_size())]
     torch_dist.all_gather_object(parts, values)
     return set().union(*parts)
 

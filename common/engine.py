@@ -16,15 +16,17 @@ from timm.utils import ModelEmaV3, accuracy
 from torch import Tensor, nn
 
 from common.augsub import AugSub, Criterion
-from common.data import UNREADABLE_SHARE
+from common.data import NONE, UNREADABLE_SHARE
 from common.dist import Process, all_min, all_sum, all_union
 from common.recipe import SetLR
 
+Batch = tuple[Tensor, Tensor, list[str]]  # images (B, 3, H, W), labels (B,) or NONE, names of unreadable images
+UNREADABLE_THEN = {"training": "another takes its place", "evaluation": "it is not counted"}
 NEVER = 2.0**52  # a step no run reaches, and exact in float64
 
 
 class StopTraining(Exception):
-    """Training cannot go on; the message says why, and what is left."""
+    """Training cannot go on; the message says why, and what is left. One process alone may raise it."""
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Trainer:
         model: as it is called, compiled or in DDP; `bare` is the module inside.
         augsub: made from the bare model.
         set_lr: sets the learning rates for an update, counted from 0 over the whole run.
+        classes: of the model; labels must be below.
         autocast: dtype of autocast, or None for float32.
         accumulate: micro-batches per update. The last update of an epoch may have fewer.
         train_mode: whether drops and batch statistics act in the main pass.
@@ -48,6 +51,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     set_lr: SetLR
     scaler: torch.amp.GradScaler
+    classes: int
     autocast: torch.dtype | None = None
     ema: ModelEmaV3 | None = None
     mixup: Mixup | None = None
@@ -61,7 +65,8 @@ class Trainer:
         self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
 
     def batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch on the device, mixed."""
+        """A batch on the device, mixed; its labels are looked at while they are on the host."""
+        check_labels(labels, self.classes)
         device = self.process.device
         images = images.to(device, non_blocking=True, memory_format=self.memory_format)
         labels = labels.to(device, non_blocking=True)
@@ -105,30 +110,32 @@ class Report:
 
 def train_one_epoch(
     trainer: Trainer,
-    loader: Iterable[tuple[Tensor, Tensor, Tensor]],
+    loader: Iterable[Batch],
     batches: int,
     epoch: int,
     interval: int,
     say: Callable[[Report], None],
     unreadable: Unreadable,
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Trains for one epoch. The host waits for the device only at every `interval`-th update, and at the last.
 
     Args:
         trainer: model, optimizer and the rest.
-        loader: batches (images, labels, unreadable) on the host.
+        loader: batches on the host.
         batches: how many of them make the epoch; the same on every process.
         epoch: counted from 0.
         interval: updates between reports.
         say: is handed each report, on every process.
         unreadable: counts the images that could not be read.
+        tick: is called after each update, on every process.
 
     Returns:
         means over the epoch and all processes: "lr", "loss" of the main model and, with AugSub, "sub_loss".
 
     Raises:
         StopTraining: on all processes within one interval, where a loss on any of them was not finite, or too many
-            images were unreadable.
+            images were unreadable; on this process, where a label or the data is to blame.
     """
     trainer.bare.train(trainer.train_mode)
     updates = math.ceil(batches / trainer.accumulate)
@@ -138,18 +145,20 @@ def train_one_epoch(
     start = time.perf_counter()
     stream = islice(loader, batches)
     for done, chunk in enumerate(_chunks(stream, trainer.accumulate), start=1):
-        update = epoch * updates + done - 1
-        trainer.set_lr(update)
+        trainer.set_lr(epoch * updates + done - 1)
         parts = min(trainer.accumulate, batches - (done - 1) * trainer.accumulate)
         for part, (images, labels, bad) in enumerate(chunk, start=1):
             unreadable.add(bad)
-            window.add(trainer.micro_step(images, labels, parts, last=part == parts), len(images), update)
+            if (labels == NONE).any():
+                raise StopTraining(f"a hundred images drawn in place of {bad[-1]} could not be read either")
+            window.add(trainer.micro_step(images, labels, parts, last=part == parts), len(images), done)
         trainer.update()
         lr = max(group["lr"] for group in trainer.optimizer.param_groups)
         rates += lr
+        tick()
         if done % interval == 0 or done == updates:
-            sums = window.reduce()
-            unreadable.check()
+            sums = window.reduce(f"of {updates} in epoch {epoch + 1}")
+            unreadable.check(UNREADABLE_SHARE)
             total += sums
             seen, *means = sums.tolist()
             now = time.perf_counter()
@@ -157,7 +166,7 @@ def train_one_epoch(
                        seen / (now - start), int(seen)))  # fmt: skip
             start = now
     if done != updates:
-        raise StopTraining(f"the data ended after {done} of {updates} steps of epoch {epoch}")
+        raise StopTraining(f"the data ended after {done} of {updates} steps of epoch {epoch + 1}")
     seen, *losses = total.tolist()
     return {"lr": rates / updates} | {name: value / seen for name, value in zip(("loss", "sub_loss"), losses)}
 
@@ -192,11 +201,11 @@ class _Losses:
         bad = torch.where(values.isfinite().all(), NEVER, float(update))
         self.first_bad = torch.minimum(self.first_bad, bad.double())
 
-    def reduce(self) -> Tensor:
+    def reduce(self, where: str) -> Tensor:
         """Images seen and sums of losses over all processes, (1 + passes,) on the host; starts anew."""
         first_bad = all_min(self.first_bad).item()
         if first_bad < NEVER:
-            raise StopTraining(f"the loss was not finite at step {int(first_bad)}")
+            raise StopTraining(f"the loss was not finite at step {int(first_bad)} {where}")
         seen = torch.tensor([self.seen], dtype=torch.float64, device=self.device)
         sums = all_sum(torch.cat([seen, self.sums])).cpu()
         self.clear()
@@ -204,26 +213,39 @@ class _Losses:
 
 
 class Unreadable:
-    """Counts the training images that could not be read, names each once, and stops the run above 1 % of them."""
+    """Counts the images that could not be read and names each once.
 
-    def __init__(self, images: int, name_of: Callable[[int], str], warn: Callable[[str], None]):
-        self.images, self.name_of, self.warn = images, name_of, warn
-        self.known: set[int] = set()
-        self.new: set[int] = set()
+    Args:
+        images: how many there are.
+        kind: "training" or "evaluation".
+        warn: is handed a line for each.
+    """
 
-    def add(self, indices: Tensor) -> None:
-        """indices: (B,) on the host, -1 for images that could be read."""
-        self.new.update(set(indices[indices >= 0].tolist()) - self.known)
+    def __init__(self, images: int, kind: str, warn: Callable[[str], None]):
+        self.images, self.kind, self.warn = images, kind, warn
+        self.known: set[str] = set()
+        self.new: set[str] = set()
 
-    def check(self) -> None:
-        """Joins what all processes found; raises StopTraining on all of them."""
-        found = all_union(self.new) - self.known
+    def add(self, names: Iterable[str]) -> None:
+        self.new.update(names)
+
+    def check(self, most: float = 1.0) -> None:
+        """Joins what all processes found; above a share of `most` raises StopTraining on all of them."""
+        found = all_union(self.new - self.known) - self.known
         self.new.clear()
-        for index in sorted(found):
-            self.warn(f"unreadable image, another takes its place: {self.name_of(index)}")
+        for name in sorted(found):
+            self.warn(f"unreadable {self.kind} image, {UNREADABLE_THEN[self.kind]}: {name}")
         self.known |= found
-        if len(self.known) > UNREADABLE_SHARE * self.images:
-            raise StopTraining(f"{len(self.known)} of {self.images} training images could not be read, more than 1 %")
+        if len(self.known) > most * self.images:
+            raise StopTraining(
+                f"{len(self.known)} of {self.images} {self.kind} images could not be read, more than {100 * most:g} %"
+            )
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """labels: (B,) on the host; raises StopTraining where one is not below `classes`."""
+    if len(labels) and labels.max() >= classes:
+        raise StopTraining(f"the data has the label {int(labels.max())}, beyond --nb-classes {classes}")
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
@@ -234,35 +256,46 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor, Tensor]],
+    loader: Iterable[Batch],
     process: Process,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
+    unreadable: Unreadable | None = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in % and cross-entropy over the images of all processes' loaders.
 
     Args:
         model: the bare model.
-        loader: this process's share, batches (images, labels, unreadable); unreadable images count nowhere.
+        loader: this process's share, batches on the host; unreadable images count nowhere.
+        unreadable: is told which those are.
 
     Returns:
         "acc1", "acc5", "loss", "images" (how many were counted).
+
+    Raises:
+        StopTraining: not one image could be read, or a label is beyond the model's classes.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=process.device)
     for images, labels, bad in loader:
-        if (bad >= 0).any():  # a look on the host, where these still are
-            images, labels = images[bad < 0], labels[bad < 0]
+        if bad:
+            images, labels = images[labels != NONE], labels[labels != NONE]
+            if unreadable is not None:
+                unreadable.add(bad)
         if not len(images):
             continue
+        on_host = labels
         images = images.to(process.device, non_blocking=True, memory_format=memory_format)
         labels = labels.to(process.device, non_blocking=True)
         with autocast(process.device, dtype):
             logits = model(images).float()
+        check_labels(on_host, logits.shape[1])
         shares = torch.stack(accuracy(logits, labels, topk=(1, min(5, logits.shape[1])))).double() / 100
         sums[:2] += (shares * len(labels)).round()  # whole images again
         sums[2] += nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums[3] += len(labels)
+    if unreadable is not None:
+        unreadable.check()
     top1, top5, loss, images = all_sum(sums).tolist()
     if not images:
         raise StopTraining("not one evaluation image could be read")

@@ -7,7 +7,9 @@ import csv
 import io
 import json
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common.checkpoint import replacing
-from common.engine import Report
+from common.engine import Report, StopTraining
 
 LOG, CURVES, SUMMARY = "log.txt", "tensorboard", "summary.csv"
 
@@ -32,6 +34,10 @@ class Log:
         epochs: epochs of the run.
         curve_steps: points of an epoch on the axis of TensorBoard's curves; None counts optimizer steps.
         curves: folder for TensorBoard's curves, where it is not one in `folder`.
+
+    Raises:
+        OSError: the files cannot be begun.
+        StopTraining: in every later method, where one cannot be written, as on a full disk.
     """
 
     def __init__(self, folder: Path | None, speaks: bool, start_epoch: int, updates: int, epochs: int,
@@ -45,7 +51,9 @@ class Log:
         if speaks and folder is not None:
             _drop_from(folder, start_epoch)
             purge = start_epoch * self.curve_steps + 1  # the epoch before ends at the step itself
+            threading.excepthook = _quiet_writer
             self.curves = SummaryWriter(curves or str(folder / CURVES), purge_step=purge)
+            self.curves.flush()
 
     def line(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
@@ -64,6 +72,11 @@ class Log:
                 leave=False,
             )
 
+    def tick(self) -> None:
+        """Moves the bar by one update."""
+        if self.bar is not None:
+            self.bar.update()
+
     def report(self, epoch: int, report: Report) -> None:
         """Shows and records one report of the training loop."""
         if not self.speaks:
@@ -74,7 +87,6 @@ class Log:
         left = (self.epochs - self.start_epoch) * self.updates - done
         figures += f"  left {duration((time.time() - self.began) / done * left)}"
         if self.bar is not None:
-            self.bar.n = report.update
             self.bar.set_postfix_str(figures)
         else:
             self.line(f"epoch {epoch + 1}/{self.epochs}  step {report.update}/{report.updates}  {figures}")
@@ -95,17 +107,27 @@ class Log:
     def scalars(self, values: dict[str, float | None], step: int) -> None:
         """Adds points to TensorBoard's curves; a step is an optimizer step."""
         if self.curves is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self.curves.add_scalar(name, value, step)
+            with self.writing(CURVES):
+                for name, value in values.items():
+                    if value is not None:
+                        self.curves.add_scalar(name, value, step)
 
     def record(self, entry: dict[str, Any]) -> None:
         """Adds a line to log.txt."""
         if self.speaks and self.folder is not None:
-            with open(self.folder / LOG, "a") as file:
+            with self.writing(LOG), open(self.folder / LOG, "a") as file:
                 file.write(json.dumps(entry) + "\n")
         if self.curves is not None:
-            self.curves.flush()
+            with self.writing(CURVES):
+                self.curves.flush()
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Makes the failure to write a file a reason to stop."""
+        try:
+            yield
+        except OSError as error:
+            raise StopTraining(f"{name} in {self.folder} could not be written ({error.strerror or error})") from error
 
     def summary(self) -> None:
         """Writes what log.txt holds as summary.csv, with the columns of timm's train script."""
@@ -117,14 +139,21 @@ class Log:
         table = csv.writer(text)
         table.writerow(names)
         table.writerows([entry[name] for name in names.values()] for entry in entries(self.folder))
-        with replacing(self.folder / SUMMARY) as file:
+        with self.writing(SUMMARY), replacing(self.folder / SUMMARY) as file:
             file.write(text.getvalue().encode())
 
     def close(self) -> None:
         """Ends the bar and the curves' file."""
         self.end_epoch()
         if self.curves is not None:
-            self.curves.close()
+            with contextlib.suppress(OSError):  # of a full disk the run has told, or nothing is lost that it needs
+                self.curves.close()
+
+
+def _quiet_writer(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writing thread hands an error on to the next call; a traceback of its own is one too many."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:

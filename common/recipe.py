@@ -147,5 +147,5 @@ def create_optimizer(recipe: Recipe, model: nn.Module, args: argparse.Namespace)
             kwargs["opt"] = "lamb"
     try:
         return create_optimizer_v2(recipe.param_groups(model, args), **kwargs)
-    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+    except (AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"--opt {args.opt}: timm could not make this optimizer ({error})") from error

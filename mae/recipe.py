@@ -41,7 +41,6 @@ DIGITS = {
     "remode": "const",
     "eval_crop_ratio": 1.0,
     "nb_classes": 10,
-    "output_dir": "",
     "amp": "off",
     "num_workers": 0,
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def measure(
     folder = parent / f"{kind}-{seed}"
     took = folder / "seconds.json"
     if not took.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # a run that was cut off would be timed in part
         start = time.time()
         command = [
             sys.executable,

@@ -16,8 +16,8 @@ from common import dist
 from common.args import parse
 from common.dist import Process
 from common.engine import Report, train_one_epoch
+from common.prepare import prepare
 from common.recipe import Recipe
-from common.train import prepare
 
 GOLDEN = Path(__file__).with_name("reference") / "golden.json"
 

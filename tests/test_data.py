@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import random
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,7 @@ from torchvision import datasets
 
 from common.args import parse
 from common.data import (
+    NONE,
     Digits,
     Views,
     check_classes,
@@ -28,6 +30,7 @@ from common.data import (
     evaluation_loader,
     evaluation_transform,
     open_data_set,
+    set_epoch,
     training_loader,
     training_transform,
 )
@@ -157,7 +160,7 @@ def test_evaluation_shares_hold_each_image_once(processes):
     found: Counter = Counter()
     for rank in range(processes):
         for images, _, bad in evaluation_loader(args, data, one_of(processes, rank)):
-            assert len(images) <= 75 and bad.tolist() == [-1] * len(images)
+            assert len(images) <= 75 and bad == []
             found.update(image.numpy().tobytes() for image in images)
     assert found == expected
 
@@ -182,10 +185,10 @@ def test_unreadable_images_are_named_and_replaced(reader, jpegs):
     data = open_data_set(args, train=True) if reader == "torchvision" else ImageDataset(str(folder / "train"))
     views = Views(data, evaluation_transform(args))
     whole = [views[index, 0] for index in range(len(broken), len(views))]
-    assert {item[2] for item in whole} == {-1}
+    assert {item[2] for item in whole} == {()}
     for index, path in enumerate(broken):
         image, label, unreadable = views[index, 7]
-        assert unreadable == index and views.name_of(unreadable) == str(path)
+        assert unreadable == (str(path),)
         taken = [item[1] for item in whole if torch.equal(item[0], image)]
         assert taken == [label], "one of the others takes the place, with its own label"
         assert torch.equal(views[index, 7][0], image), "the same one for the same seed"
@@ -200,25 +203,25 @@ def test_one_unreadable_image_is_not_passed_over_by_the_reader(reader, jpegs):
     args = settings("--data-path", str(folder))
     data = open_data_set(args, train=True) if reader == "torchvision" else ImageDataset(str(folder / "train"))
     views = Views(data, evaluation_transform(args))
-    assert [views[index, 0][2] for index in range(32)] == [21 if index == 21 else -1 for index in range(32)]
+    assert [views[index, 0][2] for index in range(32)] == [(str(broken),) if index == 21 else () for index in range(32)]
 
 
 def test_unreadable_images_are_counted_once_each_and_stop_the_run_above_one_percent():
     said: list[str] = []
-    few = Unreadable(400, "image {}".format, said.append)
-    few.add(torch.tensor([-1, 0, 1, 2, 3, 0]))
-    few.check()
-    assert said == [f"unreadable image, another takes its place: image {i}" for i in range(4)]
+    few = Unreadable(400, "training", said.append)
+    few.add(["a", "b", "c", "d", "a"])
+    few.check(0.01)
+    assert said == [f"unreadable training image, another takes its place: {name}" for name in "abcd"]
     for _ in range(2):
-        few.add(torch.tensor([0, 1]))
-        few.check()
+        few.add(["a", "b"])
+        few.check(0.01)
     assert len(said) == 4
-    many = Unreadable(399, str, said.append)
-    many.add(torch.tensor([0, 1]))
-    many.check()
-    many.add(torch.tensor([2, 3]))
+    many = Unreadable(399, "training", said.append)
+    many.add(["a", "b"])
+    many.check(0.01)
+    many.add(["c", "d"])
     with pytest.raises(StopTraining, match="4 of 399 training images could not be read, more than 1 %"):
-        many.check()
+        many.check(0.01)
     assert len(said) == 8, "the last straw is named too"
 
 
@@ -261,7 +264,7 @@ def test_many_unreadable_images_in_a_row_are_replaced_too():
                 raise OSError("input/output error")
             return Image.new("RGB", (8, 8)), 0
 
-    assert Views(Broken(), evaluation_transform(settings()))[60, 0][2] == 60
+    assert Views(Broken(), evaluation_transform(settings()))[60, 0][1:] == (0, ("image 60",))
 
 
 def test_folders_that_will_not_do(jpegs, tmp_path):
@@ -386,7 +389,7 @@ def read_as(args, train: bool, process: Process):
 
 
 def labels_of(loader) -> list[int]:
-    return [int(label) for _, labels, _ in loader for label in labels]
+    return [int(label) for _, labels, _ in loader for label in labels if label != NONE]
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -395,9 +398,13 @@ def test_shards_are_trained_on(shards, workers):
     loader, batches = training_loader(args, open_data_set(args, train=True), ALONE)
     assert batches == 6
     images, labels, bad = next(iter(loader))
-    assert (images.shape, labels.shape, bad.tolist()) == ((4, 3, 32, 32), (4,), [-1] * 4)
+    assert (images.shape, labels.shape, bad) == ((4, 3, 32, 32), (4,), [])
     loader, _ = training_loader(args, open_data_set(args, train=True), ALONE)
-    epochs = labels_of(loader), labels_of(loader)
+    epochs = []
+    for epoch in (0, 1, 0):
+        set_epoch(loader, epoch)
+        epochs.append(labels_of(loader))
+    assert epochs[2] == epochs[0], "an epoch's order does not hang on the epochs before it"
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24)), "each image once an epoch"
     assert epochs[0] != epochs[1] != list(range(24)), "shuffled"
 
@@ -416,9 +423,26 @@ def test_shards_are_evaluated_once_each(shards, workers, processes):
 def test_broken_images_of_shards_are_left_out_of_evaluation(tmp_path):
     args = settings(*make_shards(tmp_path / "shards", {("validation", 1, 2)}))
     found: list[int] = []
+    names: list[str] = []
     for rank in range(2):
-        found += labels_of(evaluation_loader(args, read_as(args, False, one_of(2, rank)), one_of(2, rank)))
+        batches = list(evaluation_loader(args, read_as(args, False, one_of(2, rank)), one_of(2, rank)))
+        found += labels_of(batches)
+        names += [name for _, _, unreadable in batches for name in unreadable]
     assert sorted(found) == [i for i in range(10) if i != 7]
+    assert len(names) == 1 and re.fullmatch(r"1002 of .*/digits-validation-0001\.tar", names[0])
+
+
+@pytest.mark.parametrize("broken", [0, 4, 11])
+def test_broken_images_of_shards_are_replaced_in_training(broken, tmp_path):
+    """Wherever in the shard they are, the first included."""
+    args = settings(*make_shards(tmp_path / "shards", {("train", 0, broken)}))
+    loader, batches = training_loader(args, open_data_set(args, train=True), ALONE)
+    for epoch in range(3):
+        set_epoch(loader, epoch)
+        found = list(loader)
+        assert len(found) == batches
+        assert set(labels_of(found)) == {*range(24)} - {broken} and len(labels_of(found)) == 24
+        assert [name.split()[0] for _, _, names in found for name in names] == [f"0{broken:03}"]
 
 
 def test_an_epoch_of_shards_is_all_of_them_on_two_processes(shards):

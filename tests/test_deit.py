@@ -17,8 +17,8 @@ from common.args import parse
 from common.augsub import AugSub
 from common.data import training_loader
 from common.dist import Process
+from common.prepare import create_model
 from common.recipe import create_optimizer
-from common.train import create_model
 from deit.models import adapt_weights
 from deit.recipe import RECIPE, VARIANTS
 from tests.conftest import ROOT, image, reference, tensor_for

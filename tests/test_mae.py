@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import checkpoint
 from common.args import parse
+from common.prepare import create_model
 from common.recipe import create_optimizer
-from common.train import create_model
 from mae.models import adapt_weights
 from mae.recipe import RECIPE, VARIANTS
 from tests.conftest import ROOT, image, reference, tensor_for

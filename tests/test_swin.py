@@ -14,7 +14,7 @@ from common import checkpoint, train
 from common.args import parse
 from common.augsub import AugSub
 from common.dist import Process
-from common.train import create_model
+from common.prepare import create_model
 from swin.config import KEYS
 from swin.recipe import RECIPE, VARIANTS
 from tests.conftest import ROOT, image, reference, tensor_for

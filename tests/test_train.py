@@ -277,7 +277,6 @@ def test_ctrl_c_ends_with_one_line_and_the_same_command_continues(finished, tmp_
     assert_same_bits(tmp_path / "out", out, "best_checkpoint.pth")
 
 
-@pytest.mark.xfail(strict=True, reason="the next start knows the best epoch, but not that its second name is missing")
 def test_a_run_killed_between_its_two_files_has_both_in_the_end(finished, tmp_path, capsys, monkeypatch):
     flags, out, _ = finished
 
@@ -321,7 +320,6 @@ def shard_flags(folder: Path, **kwargs: Any) -> list[str]:
     return [*make_shards(folder, **kwargs), "--nb-classes", "24", "--batch-size", "4", *RANDOM]
 
 
-@pytest.mark.xfail(strict=True, reason="timm's reader shuffles on from where it is, and starts anew with each start")
 def test_a_killed_run_on_shards_ends_with_the_same_bits(tmp_path, capsys, monkeypatch):
     flags = [*shard_flags(tmp_path / "shards"), "--output-dir"]
     start(*flags, str(tmp_path / "undisturbed"))
@@ -332,7 +330,6 @@ def test_a_killed_run_on_shards_ends_with_the_same_bits(tmp_path, capsys, monkey
     assert_same_bits(tmp_path / "undisturbed", tmp_path / "killed")
 
 
-@pytest.mark.xfail(strict=True, reason="timm leaves broken images of shards out; they are neither counted nor named")
 def test_too_many_unreadable_images_in_shards_stop_the_run(tmp_path, capsys):
     error = refused(capsys, *shard_flags(tmp_path / "shards", broken={("train", 0, 4)}))
     assert "1 of 24 training images could not be read, more than 1 %" in error
@@ -379,7 +376,7 @@ run(dataclasses.replace(RECIPE, loss=loss))
     assert "2 processes on cpu" in done.stdout
     assert "epoch 1/2  acc@1" in done.stdout
     stops = [line for line in done.stderr.splitlines() if "training stopped" in line]
-    assert len(stops) == 1 and "the loss was not finite at step 5" in stops[0], done.stderr
+    assert len(stops) == 1 and "the loss was not finite at step 2 of 4 in epoch 2" in stops[0], done.stderr
     assert "exitcode  : 2" in done.stderr and f'File "{driver}"' not in done.stderr
     assert "epoch 2/2  step" not in done.stdout, "stopped within the interval"
     assert final(out)["epoch"] == 0, "the last good checkpoint is left"
@@ -409,7 +406,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(continued, c
     before = (out / "checkpoint.pth").read_bytes()
     error = refused(capsys, *flags, "--epochs", "3", "--resume", str(out / "checkpoint.pth"), "--unscale-lr",
                     "--lr", "1e38", "--warmup-lr", "1e38", "--min-lr", "1e38")  # fmt: skip
-    assert "training stopped: the loss was not finite at step 13" in error
+    assert "training stopped: the loss was not finite at step 2 of 6 in epoch 3" in error
     assert (out / "checkpoint.pth").read_bytes() == before
 
 
@@ -444,17 +441,16 @@ def test_another_model_is_refused_by_its_tensors(continued, capsys):
     assert "its optimizer state does not fit --opt sgd" in error
 
 
-TOO_LATE = [
+UNUSABLE = [
     ["--opt-betas", "0.9"], ["--aa", "rnad-m9"], ["--aa", "rand-x9"], ["--train-interpolation", "cubic"],
     ["--remode", "pixels", "--reprob", "0.5"], ["--cutmix-minmax", "0.5"], ["--cutmix-minmax", "0.8", "0.2"],
-    ["--ratio", "0", "0"], ["--input-size", "4"], ["--start-epoch", "-1"], ["--sched", "step", "--decay-epochs", "0"],
+    ["--ratio", "0", "0"], ["--input-size", "4"], ["--start-epoch", "-1"], ["--decay-epochs", "0", "--sched", "step"],
+    ["--bce-loss", "--smoothing", "0.1"], ["--opt-betas", "0.9", "1.0"], ["--scale", "1", "0.5"], ["--lr", "nan"],
 ]  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, raises=(LookupError, AssertionError, ValueError, RuntimeError, ZeroDivisionError),
-                   reason="timm's or PyTorch's own exception, with a traceback")  # fmt: skip
-@pytest.mark.parametrize("flags", TOO_LATE, ids=" ".join)
-def test_values_that_timm_cannot_use_are_refused_by_their_flags(flags, jpegs, capsys):
+@pytest.mark.parametrize("flags", UNUSABLE, ids=" ".join)
+def test_values_that_cannot_be_used_are_refused_by_their_flags(flags, jpegs, capsys):
     assert flags[0] in refused(capsys, "--data-path", str(jpegs()), *flags)
 
 
@@ -484,12 +480,10 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(finished, small_disk,
     assert sorted(os.listdir(place)) == ["args.json", "best_checkpoint.pth", "checkpoint.pth", "log.txt", "tensorboard"]
 
 
-@pytest.mark.xfail(strict=True, raises=(RuntimeError, IndexError), reason="PyTorch's own exception, with a traceback")
 def test_a_label_beyond_the_classes_stops_the_run(tmp_path, capsys):
     assert "--nb-classes" in refused(capsys, *make_shards(tmp_path / "shards"), "--nb-classes", "4")
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="TensorBoard's own exception, with a traceback")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_is_full_from_the_start(finished, small_disk, capsys):
     flags, _, _ = finished
@@ -502,7 +496,7 @@ def test_unreadable_images_are_named_once_and_training_goes_on(jpegs, capsys):
     broken.write_bytes(broken.read_bytes()[:200])
     start("--data-path", str(folder), "--batch-size", "40")
     said = capsys.readouterr().out
-    assert said.count(f"unreadable image, another takes its place: {broken}\n") == 1
+    assert said.count(f"unreadable training image, another takes its place: {broken}\n") == 1
     assert "epoch 2/2  acc@1" in said
 
 
@@ -515,7 +509,7 @@ def test_too_many_unreadable_images_stop_the_run(jpegs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("split", [
-    pytest.param("train", marks=pytest.mark.xfail(strict=True, raises=RuntimeError, reason="a traceback says so")), "val"
+    "train", "val"
 ])  # fmt: skip
 def test_images_none_of_which_can_be_read_stop_the_run(split, jpegs, capsys):
     folder = jpegs()
@@ -524,7 +518,6 @@ def test_images_none_of_which_can_be_read_stop_the_run(split, jpegs, capsys):
     assert "training stopped: " in refused(capsys, "--data-path", str(folder))
 
 
-@pytest.mark.xfail(strict=True, reason="unreadable images are left out of an evaluation without a word")
 def test_unreadable_evaluation_images_are_named(jpegs, capsys):
     folder = jpegs()
     broken = folder / "val" / "cat" / "003.jpg"
@@ -652,7 +645,7 @@ def groups_of(job: train.Job) -> list[dict]:
 
 @pytest.mark.parametrize("flags", [
     ["--amp", "bf16"], ["--amp", "fp16"], ["--channels-last"], ["--attn-only"], ["--src", "--ThreeAugment"],
-    ["--clip-grad", "1.0"], ["--opt", "fusedlamb"], ["--bce-loss"], ["--augsub", "none"], ["--augsub", "dropout"],
+    ["--clip-grad", "1.0"], ["--opt", "fusedlamb"], ["--bce-loss", "--smoothing", "0"], ["--augsub", "none"], ["--augsub", "dropout"],
     ["--augsub", "droppath"], ["--sched", "step"], ["--lr-noise", "0.1", "0.9"], ["--data-set", "DIGITS"],
 ], ids=" ".join)  # fmt: skip
 def test_each_way_to_train_learns_and_stays_finite(flags, jpegs):

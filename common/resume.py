@@ -1,0 +1,123 @@
+"""Going on from a checkpoint: which one, whether it is the same run, and what comes back of it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import checkpoint, dist
+from common.args import MAY_CHANGE
+from common.engine import Trainer
+from common.recipe import Recipe
+
+# what an optimizer is set to, as against what it remembers
+OPTIMIZER_SETTINGS = {"weight_decay", "betas", "eps", "momentum", "lr_scale"}
+
+
+def resume_from(args: argparse.Namespace) -> str:
+    """The checkpoint to go on from: `--resume`, or the one that an earlier start left in the output folder, or ""."""
+    if args.resume:
+        return fetch(args.resume)
+    own = Path(args.output_dir, checkpoint.LAST)
+    if args.output_dir and own.exists() and args.auto_resume:
+        return str(own)
+    if args.eval and not args.throughput and not args.finetune:
+        raise ValueError("--eval needs weights: --resume or --finetune names a checkpoint, or --output-dir a run")
+    return ""
+
+
+def fetch(source: str) -> str:
+    """A checkpoint's path; one behind an https:// address is downloaded first, to torch's cache."""
+    if not source.startswith("https://"):
+        return source
+    address = hashlib.sha256(source.encode()).hexdigest()[:12]  # two places may have a file of the same name
+    target = Path(torch.hub.get_dir(), "checkpoints", f"{address}-{Path(source).name}")
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(source, str(target), progress=dist.is_main_before_start())
+        except OSError as error:
+            raise ValueError(f"{source}: could not be downloaded ({error})") from error
+    return str(target)
+
+
+def restore(
+    recipe: Recipe, args: argparse.Namespace, source: str, trainer: Trainer
+) -> tuple[int, dict[str, float], list[str]]:
+    """Puts a checkpoint's state into the trainer → the epoch to go on with, the best result so far, what to say.
+
+    Raises:
+        ValueError: the checkpoint does not fit, or the output folder holds a run with other settings.
+    """
+    content = checkpoint.load(source)
+    ours = {"best", "processes"} <= content.keys() and isinstance(content.get("args"), dict)
+    notes = []
+    if ours and not args.resume and not args.eval:
+        check_settings(args, content, source, trainer.process.world_size)
+        if content["processes"] != trainer.process.world_size:
+            notes = [f"{content['processes']} processes before, {trainer.process.world_size} now: the run goes on, but "
+                     "not to the same bits"]  # fmt: skip
+    checkpoint.load_weights(trainer.bare, source, recipe.adapt_weights, content=content)
+    if trainer.ema is not None:
+        averaged = isinstance(content.get("model_ema"), dict)
+        if averaged or not args.eval:
+            part = "model_ema" if averaged else "model"
+            checkpoint.load_weights(trainer.ema.module, source, recipe.adapt_weights, part=part, content=content)
+        else:
+            trainer.ema = None
+        if not averaged:
+            notes.append(f"{source} has no average of the weights" + ("" if args.eval else ": it starts from these"))
+    if args.eval:
+        return 0, {}, [f"evaluating {source}", *notes]
+    if not ours:
+        epoch = content["epoch"] + 1 if isinstance(content.get("epoch"), int) else args.start_epoch
+        return epoch, {}, [f"{source} is not of this trainer: its weights are used from epoch {epoch} on, with a fresh "
+                           "optimizer", *notes]  # fmt: skip
+    settings = [{name: group[name] for name in OPTIMIZER_SETTINGS & group.keys()}
+                for group in trainer.optimizer.param_groups]  # fmt: skip
+    try:
+        trainer.optimizer.load_state_dict(content["optimizer"])
+        if content["scaler"]:  # empty where the run so far was not in float16
+            trainer.scaler.load_state_dict(content["scaler"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{source}: its optimizer state does not fit --opt {args.opt} ({error})") from error
+    for group, given in zip(trainer.optimizer.param_groups, settings):
+        group.update(given)  # a state dict brings the settings of its run too
+    epoch = content["epoch"] + 1
+    return epoch, content["best"], [f"continuing at epoch {epoch + 1} from {source}", *notes]
+
+
+def check_settings(args: argparse.Namespace, content: dict[str, Any], source: str, processes: int) -> None:
+    """Compares the settings with those of the run in the output folder. The number of processes may differ where the
+    batch of all of them together does not.
+
+    Raises:
+        ValueError: they would make another run of it.
+    """
+    before = content["args"]
+    batches = [
+        a["batch_size"] * a["accum_iter"] * n for a, n in ((before, content["processes"]), (vars(args), processes))
+    ]
+    may_change = MAY_CHANGE | ({"batch_size", "accum_iter"} if batches[0] == batches[1] else set())
+    changed = [
+        f"{name} {before[name]} → {value}"
+        for name, value in vars(args).items()
+        if name not in may_change and name in before and plain(value) != plain(before[name])
+    ]
+    if not changed and batches[0] != batches[1]:
+        changed = [f"images per step {batches[0]} → {batches[1]}, of {content['processes']} and {processes} processes"]
+    if changed:
+        raise ValueError(
+            f"{args.output_dir} holds a run with other settings ({', '.join(changed[:4])}): choose another "
+            f"--output-dir, or continue that run under these settings with --resume {source}"
+        )
+
+
+def plain(value: Any) -> Any:
+    """Settings as JSON has them, so that a saved one equals a parsed one."""
+    return json.loads(json.dumps(value))
