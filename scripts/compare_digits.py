@@ -73,7 +73,8 @@ def measure(
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
         took.write_text(json.dumps(time.time() - start))
-    last = json.loads((folder / "log.txt").read_text().splitlines()[-1])
+    (log,) = folder.rglob("log.txt")  # the Swin recipe makes folders of its own in it
+    last = json.loads(log.read_text().splitlines()[-1])
     return last["train_loss"], last["test_acc1"], json.loads(took.read_text())
 
 

@@ -3,10 +3,12 @@ running the real entry points as real processes."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,6 +21,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+
+from tests.runs import RANDOM, start
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--model", "deit_tiny_patch16_LS", "--input-size", "32", "--num-workers", "0")
@@ -152,3 +156,29 @@ def run(
         command(*args, entry=entry, processes=processes),
         cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run with AugMask that was left alone → its flags without the folder, its folder, what it said."""
+    place = tmp_path_factory.mktemp("finished")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    data = make_jpegs(place / "images", train=16, val=5, classes=("cat", "dog", "owl"))
+    flags = ["--data-path", str(data), *RANDOM]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        start(*flags, "--output-dir", str(place / "out"))
+    torch.set_num_threads(threads)
+    return flags, place / "out", said.getvalue()
+
+
+@pytest.fixture
+def continued(finished, tmp_path):
+    """A copy of the finished run, to go on with → all its flags, its folder."""
+    flags, out, _ = finished
+    shutil.copytree(out, tmp_path / "copy")
+    return [*flags, "--output-dir", str(tmp_path / "copy")], tmp_path / "copy"
+
+
+def shard_flags(folder: Path, **kwargs: Any) -> list[str]:
+    return [*make_shards(folder, **kwargs), "--nb-classes", "24", "--batch-size", "4", *RANDOM]

@@ -1,0 +1,83 @@
+"""Runs of the DeiT entry point, small enough for tests, and what to look at in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common import checkpoint, train
+from common.dist import Process
+from deit.recipe import RECIPE
+
+FLAGS = ["--model", "deit_pico_patch8_LS", "--input-size", "32", "--num-workers", "0", "--batch-size", "8", "--epochs",
+         "2", "--warmup-epochs", "0", "--amp", "off", "--reprob", "0", "--aa", "none", "--no-repeated-aug",
+         "--model-ema-decay", "0.5", "--log-interval", "2", "--lr", "1e-2"]  # fmt: skip
+# every place at which a run draws at random
+RANDOM = ["--augsub", "masking", "--drop-path", "0.2", "--drop", "0.1", "--reprob", "0.3", "--aa",
+          "rand-m9-mstd0.5-inc1", "--mixup", "0.8", "--cutmix", "1.0"]  # fmt: skip
+ALONE = Process(torch.device("cpu"))
+
+
+def start(*flags: str) -> None:
+    """Runs the recipe in this process."""
+    train.run(RECIPE, [*FLAGS, *flags])
+
+
+def refused(capsys, *flags: str, status: int = 2) -> str:
+    """The one sentence of a run that ends with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leaving:
+        start(*flags)
+    assert leaving.value.code == status
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+def final(folder: Path, name: str = "checkpoint.pth") -> dict:
+    return checkpoint.load(folder / name)
+
+
+def differences(some: Any, other: Any, at: str = "") -> list[str]:
+    """Where two checkpoints' contents differ, to the bit."""
+    if isinstance(some, dict) and isinstance(other, dict) and some.keys() == other.keys():
+        return [found for key in some for found in differences(some[key], other[key], f"{at}/{key}")]
+    if isinstance(some, (list, tuple)) and isinstance(other, (list, tuple)) and len(some) == len(other):
+        return [found for i, pair in enumerate(zip(some, other)) for found in differences(*pair, f"{at}/{i}")]
+    same = torch.equal(some, other) if isinstance(some, torch.Tensor) else some == other
+    return [] if same else [at]
+
+
+def assert_same_bits(some: Path, other: Path, name: str = "checkpoint.pth") -> None:
+    """Two runs' checkpoints and logs are equal, but for the settings that may differ."""
+    a, b = final(some, name), final(other, name)
+    assert a.pop("args").keys() == b.pop("args").keys()
+    assert a["optimizer"]["state"][0]["exp_avg"].abs().sum() > 0
+    assert not differences(a, b)
+    assert log_of(some) == log_of(other)
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def interrupt_epoch(monkeypatch, number: int) -> None:
+    """A Ctrl-C at the end of the epoch of that number, counted from 0, and of no other."""
+    plain = train.train_one_epoch
+
+    def interrupted(trainer, loader, batches, epoch, *rest):
+        means = plain(trainer, loader, batches, epoch, *rest)
+        if epoch == number:
+            raise KeyboardInterrupt
+        return means
+
+    monkeypatch.setattr(train, "train_one_epoch", interrupted)
+
+
+def curves_of(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder / "tensorboard")).Reload()

@@ -1,0 +1,142 @@
+"""Runs that were cut off, killed or finished, and go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+
+import torch
+
+from common import checkpoint
+from tests.conftest import command, environment, shard_flags
+from tests.runs import (
+    FLAGS,
+    assert_same_bits,
+    curves_of,
+    final,
+    interrupt_epoch,
+    refused,
+    start,
+)
+
+
+def test_the_curves_of_a_continued_run_have_every_point_once(continued, capsys, monkeypatch):
+    """Continued after an interruption, and then started for nothing."""
+    flags, out = continued
+    flags = [*flags, "--epochs", "4", "--resume", str(out / "checkpoint.pth")]
+    with monkeypatch.context() as patch:
+        interrupt_epoch(patch, 3)
+        refused(capsys, *flags, status=130)
+    for _ in range(2):
+        start(*flags)
+        curves = curves_of(out)
+        assert [point.step for point in curves.Scalars("train/loss")] == list(range(2, 25, 2))
+        assert [point.step for point in curves.Scalars("test/acc1")] == [6, 12, 18, 24]
+
+
+def test_a_finished_run_trains_nothing_when_relaunched(continued, capsys):
+    flags, out = continued
+    before = {name: (out / name).read_bytes() for name in ("checkpoint.pth", "best_checkpoint.pth", "log.txt")}
+    start(*flags)
+    said = capsys.readouterr().out
+    assert "all 2 epochs are trained already" in said and "epoch 2/2" not in said
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+
+def test_other_settings_in_its_folder_are_refused(continued, capsys):
+    flags, out = continued
+    before = (out / "args.json").read_bytes()
+    error = refused(capsys, *flags, "--epochs", "3", "--lr", "0.5")
+    assert "holds a run with other settings (epochs 2 → 3, lr 0.01 → 0.5): choose another --output-dir" in error
+    assert f"--resume {out / 'checkpoint.pth'}" in error
+    assert "augsub masking → none" in refused(capsys, *flags, "--augsub", "none")
+    assert (out / "args.json").read_bytes() == before
+    start(*flags, "--log-interval", "3", "--num-workers", "1", "--no-pin-mem")
+    assert "all 2 epochs" in capsys.readouterr().out, "what does not change the result may change"
+
+
+def test_a_run_continues_from_a_file_that_is_named(finished, tmp_path, capsys):
+    """One epoch of one run, and the second of another, are the run that was left alone."""
+    flags, out, _ = finished
+    start(*flags, "--epochs", "1", "--output-dir", str(tmp_path / "first"))
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    capsys.readouterr()
+    named = str(tmp_path / "first" / "checkpoint.pth")
+    start(*flags, "--resume", named, "--output-dir", str(tmp_path / "second"))
+    assert f"continuing at epoch 2 from {named}" in capsys.readouterr().out
+    assert_same_bits(tmp_path / "second", out)
+    assert final(tmp_path / "first")["epoch"] == 0, "the file that was named is left alone"
+
+
+def test_a_run_of_upstreams_continues_with_its_weights(finished, tmp_path, capsys):
+    flags, out, _ = finished
+    torch.save({"model": final(out)["model"], "epoch": 0}, tmp_path / "upstream.pth")
+    start(*flags, "--resume", str(tmp_path / "upstream.pth"))
+    said = capsys.readouterr().out
+    assert "upstream.pth is not of this trainer: its weights are used from epoch 1 on, with a fresh optimizer" in said
+    assert "epoch 2/2  step 6/6" in said and "epoch 1/2" not in said
+
+
+def test_ctrl_c_ends_with_one_line_and_the_same_command_continues(finished, tmp_path, capsys, monkeypatch):
+    flags, out, _ = finished
+    with monkeypatch.context() as patch:
+        interrupt_epoch(patch, 1)
+        flags = [*flags, "--output-dir", str(tmp_path / "out")]
+        error = refused(capsys, *flags, status=130)
+    assert "interrupted; the same command continues from the last checkpoint" in error
+    assert final(tmp_path / "out")["epoch"] == 0
+    start(*flags)
+    assert "continuing at epoch 2" in capsys.readouterr().out
+    assert_same_bits(tmp_path / "out", out)
+    assert_same_bits(tmp_path / "out", out, "best_checkpoint.pth")
+
+
+def test_a_run_killed_between_its_two_files_has_both_in_the_end(finished, tmp_path, capsys, monkeypatch):
+    flags, out, _ = finished
+
+    def killed(*paths):
+        raise KeyboardInterrupt
+
+    best = int(final(out)["best"]["epoch"])
+    with monkeypatch.context() as patch:
+        keep_as = checkpoint.keep_as
+        calls: list = []
+        patch.setattr(
+            checkpoint, "keep_as", lambda *paths: (calls.append(0), (killed if len(calls) > best else keep_as)(*paths))
+        )
+        refused(capsys, *flags, "--output-dir", str(tmp_path / "out"), status=130)
+    start(*flags, "--output-dir", str(tmp_path / "out"))
+    assert_same_bits(tmp_path / "out", out, "best_checkpoint.pth")
+
+
+def test_a_killed_run_ends_with_the_same_bits(finished, tmp_path, capsys):
+    """kill -9 in the middle of the second epoch of a run with loader processes; the same command then continues."""
+    flags, out, _ = finished
+    flags = [*flags, "--output-dir", str(tmp_path / "out")]
+    killed = subprocess.Popen(
+        command(*FLAGS, *flags, "--num-workers", "1", "--log-interval", "1"),
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=environment(), start_new_session=True,
+    )  # fmt: skip
+    assert killed.stdout is not None
+    said = [next(line for line in killed.stdout if line.startswith("epoch 2/2  step 3/6"))]
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    killed.stdout.close()
+    assert said and final(tmp_path / "out")["epoch"] == 0
+    with open(tmp_path / "out" / "log.txt", "a") as file:
+        file.write('{"epoch": 1, "train_lo')  # as a machine that goes down leaves it
+    start(*flags)
+    assert "continuing at epoch 2" in capsys.readouterr().out
+    assert_same_bits(tmp_path / "out", out)
+
+
+def test_a_killed_run_on_shards_ends_with_the_same_bits(tmp_path, capsys, monkeypatch):
+    flags = [*shard_flags(tmp_path / "shards"), "--output-dir"]
+    start(*flags, str(tmp_path / "undisturbed"))
+    with monkeypatch.context() as patch:
+        interrupt_epoch(patch, 1)
+        refused(capsys, *flags, str(tmp_path / "killed"), status=130)
+    start(*flags, str(tmp_path / "killed"))
+    assert_same_bits(tmp_path / "undisturbed", tmp_path / "killed")
