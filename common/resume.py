@@ -60,8 +60,8 @@ def restore(
     if ours and not args.resume and not args.eval:
         check_settings(args, content, source, trainer.process.world_size)
         if content["processes"] != trainer.process.world_size:
-            notes = [f"{content['processes']} processes before, {trainer.process.world_size} now: the run goes on, but "
-                     "not to the same bits"]  # fmt: skip
+            notes = [f"begun on {content['processes']} and continued on {trainer.process.world_size} processes, the "
+                     "run does not end with the same bits"]  # fmt: skip
     checkpoint.load_weights(trainer.bare, source, recipe.adapt_weights, content=content)
     if trainer.ema is not None:
         averaged = isinstance(content.get("model_ema"), dict)

@@ -118,6 +118,7 @@ def test_runs_on_the_digits_that_differ_have_folders_that_differ():
     assert folder("--finetune", "a/b.pth").count("/") == 1
     assert folder("--num-workers", "3") == folder(), "what does not make another run makes no other folder"
     assert folder("--output-dir", "mine", "--epochs", "3") == "mine"
+    assert folder("--output-dir", "") == "", "asked for, nothing is saved"
 
 
 REFUSED = [

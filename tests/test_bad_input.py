@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 
 import pytest
 import torch
 
+from common import prepare, train
 from common.engine import Trainer
-from tests.conftest import ROOT, make_shards, run, shard_flags
+from tests.conftest import ROOT, command, environment, make_shards, run, shard_flags
 from tests.runs import (
     FLAGS,
     final,
@@ -195,3 +197,65 @@ def test_unreadable_evaluation_images_are_named(jpegs, capsys):
     broken.write_bytes(b"")
     start("--data-path", str(folder), "--epochs", "1")
     assert str(broken) in capsys.readouterr().out
+
+
+def test_what_one_process_alone_finds_is_told(jpegs, tmp_path):
+    """Of two processes only the second meets bad input, or a label beyond the classes."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"""
+import os, sys
+sys.path[0] = {str(ROOT)!r}
+from common import engine, prepare
+from common.train import run
+from deit.recipe import RECIPE
+
+where, second = sys.argv.pop(1), os.environ["RANK"] == "1"
+if second and where == "start":
+    def create_mixup(args, classes):
+        raise ValueError("only here")
+    prepare.create_mixup = create_mixup
+if second and where == "training":
+    def check_labels(labels, classes):
+        raise engine.StopTraining("only here")
+    engine.check_labels = check_labels
+
+run(RECIPE)
+""")
+    flags = [*FLAGS, "--data-path", str(jpegs()), "--batch-size", "4"]
+    for where, sentence in (("start", "error: only here\n"), ("training", "error: training stopped: only here\n")):
+        done = run(where, *flags, cwd=tmp_path, entry=str(driver), processes=2)
+        told = [line for line in done.stderr.splitlines(keepends=True) if ": error: " in line]
+        assert any(line.endswith(sentence) for line in told), done.stderr
+        assert f'File "{driver}"' not in done.stderr, "no traceback"
+
+
+def test_a_reader_that_leaves_ends_the_run_quietly(jpegs, tmp_path):
+    """As in `python deit/main.py … | head -1`."""
+    words = " ".join(command(*FLAGS, "--data-path", str(jpegs())))
+    done = subprocess.run(
+        ["bash", "-c", f"{words} | head -1; exit ${{PIPESTATUS[0]}}"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (141, 1, "")
+
+
+def test_ctrl_c_before_the_first_step_ends_with_one_line(jpegs, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "open_data_set", interrupted)
+    assert refused(capsys, "--data-path", str(jpegs()), status=130).endswith("error: interrupted\n")
+
+
+def test_log_files_that_cannot_be_written_stop_the_run(continued, capsys, monkeypatch):
+    flags, out = continued
+    plain = train.train_one_epoch
+
+    def fill(*args):
+        (out / "log.txt").unlink()
+        (out / "log.txt").symlink_to("/dev/full")
+        return plain(*args)
+
+    monkeypatch.setattr(train, "train_one_epoch", fill)
+    error = refused(capsys, *flags, "--epochs", "3", "--resume", str(out / "checkpoint.pth"))
+    assert f"log.txt in {out} could not be written (No space left on device)" in error

@@ -6,11 +6,12 @@ import os
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import torch
 
-from common import checkpoint
-from tests.conftest import command, environment, shard_flags
+from common import checkpoint, resume
+from tests.conftest import command, environment, run, shard_flags
 from tests.runs import (
     FLAGS,
     assert_same_bits,
@@ -140,3 +141,50 @@ def test_a_killed_run_on_shards_ends_with_the_same_bits(tmp_path, capsys, monkey
         refused(capsys, *flags, str(tmp_path / "killed"), status=130)
     start(*flags, str(tmp_path / "killed"))
     assert_same_bits(tmp_path / "undisturbed", tmp_path / "killed")
+
+
+def test_another_number_of_processes_keeps_the_images_per_step_or_is_refused(continued, tmp_path):
+    """In its own folder, by the same command but for the processes: twice the images a step are another run."""
+    flags, out = continued
+    before = (out / "checkpoint.pth").read_bytes()
+    refusal = run(*FLAGS, *flags, cwd=tmp_path, processes=2)
+    assert "images per step 8 → 16, of 1 and 2 processes" in refusal.stderr
+    assert (out / "checkpoint.pth").read_bytes() == before
+    half = run(*FLAGS, *flags, "--batch-size", "4", cwd=tmp_path, processes=2)
+    assert "begun on 1 and continued on 2 processes, the run does not end with the same bits" in half.stdout, (
+        half.stderr
+    )
+    assert "all 2 epochs are trained already" in half.stdout
+
+
+def test_resume_takes_the_optimizer_settings_of_this_command(continued, capsys):
+    flags, out = continued
+    named = ["--resume", str(out / "checkpoint.pth"), "--epochs", "3"]
+    start(*flags, *named, "--weight-decay", "0.3", "--opt-eps", "1e-5")
+    groups = final(out)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3} and {group["eps"] for group in groups} == {1e-5}
+
+
+def test_a_file_without_an_average_of_the_weights_is_not_said_to_have_one(finished, tmp_path, capsys):
+    flags, out, _ = finished
+    torch.save({"model": final(out)["model"], "epoch": 0}, tmp_path / "plain.pth")
+    start(*flags, "--eval", "--resume", str(tmp_path / "plain.pth"))
+    said = capsys.readouterr().out
+    assert "plain.pth has no average of the weights\n" in said and "(average of the weights:" not in said
+    start(*flags, "--resume", str(tmp_path / "plain.pth"))
+    said = capsys.readouterr().out
+    assert "plain.pth has no average of the weights: it starts from these" in said and "(average of" in said
+
+
+def test_two_addresses_with_the_same_file_name_are_two_files(finished, tmp_path, monkeypatch):
+    fetched = []
+
+    def download(source, target, progress):
+        fetched.append(source)
+        Path(target).write_text(source)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    places = [resume.fetch(f"https://{host}/base.pth") for host in ("a.example", "b.example", "a.example")]
+    assert [Path(place).read_text() for place in places] == [f"https://{host}.example/base.pth" for host in "aba"]
+    assert fetched == ["https://a.example/base.pth", "https://b.example/base.pth"]
