@@ -211,7 +211,8 @@ def _install_mask(model: nn.Module, ratio: float, block: int) -> _Switch:
 def _dropouts(model: nn.Module) -> list[nn.Dropout]:
     """Dropouts of attention projections and MLPs; not those of attention weights, positions, pooling or the head."""
     inside = re.compile(
-        r"(?!.*\b(head|attn_pool|\w*rel_pos|cpb_mlp|meta_mlp)\b).*\b(proj_drop|drop[123]|mlp_drop|out_drop|mlp\.drop)"
+        r"(?!.*\b(head|attn_pool|\w*rel_pos|cpb_mlp|meta_mlp)\b).*"
+        r"\b(proj_drop|drop[123]|mlp_drop|out_drop|mlp\.drop|linear\.drop|main\.\d+)"
     )
     return [m for name, m in model.named_modules() if isinstance(m, nn.Dropout) and inside.fullmatch(name)]
 
