@@ -112,11 +112,25 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
         args.recipe = recipe.name
         if args.output_dir is None:
             args.output_dir = digits_folder(parser, args)
+        check_choices(parser, args)
         recipe.check(args)
         check(args)
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Holds what a recipe's files set to the choices of the flags, which argparse does not do for defaults.
+
+    Raises:
+        ValueError: naming the flag, and what there is to choose from.
+    """
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.choices is not None and value is not None and value not in action.choices:
+            known = ", ".join(map(str, action.choices))
+            raise ValueError(f"{action.option_strings[0]} {value!r}: choose one of {known}")
 
 
 def digits_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
@@ -146,15 +160,14 @@ def check(args: argparse.Namespace) -> None:
     at_least = {"seed": 0, "batch_size": 1, "epochs": 1, "accum_iter": 1, "log_interval": 1, "input_size": 1,
                 "num_workers": 0, "augsub_block": 1, "save_freq": 1, "start_epoch": 0, "warmup_epochs": 0,
                 "cooldown_epochs": 0, "recount": 1, "lr": 0, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0,
-                "mixup": 0, "cutmix": 0, "bce_target_thresh": 0}  # fmt: skip
+                "mixup": 0, "cutmix": 0, "bce_target_thresh": 0, "clip_grad": 0,
+                "opt_eps": 0}  # fmt: skip
     for name, least in at_least.items():
         value = getattr(args, name)
         if value is not None and not value >= least:
             raise ValueError(f"{flag(name)} {value}: at least {least} is needed")
-    for name in ("clip_grad", "decay_epochs", "opt_eps"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{flag(name)} {value}: more than 0 is needed")
+    if not args.decay_epochs > 0:
+        raise ValueError(f"--decay-epochs {args.decay_epochs}: more than 0 is needed")
     for name in ("augsub_ratio", "drop", "drop_path", "momentum", "model_ema_decay"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"{flag(name)} {getattr(args, name)} is outside [0, 1)")
@@ -242,7 +255,7 @@ def create_parser(recipe: Recipe) -> Parser:
     add("--opt-betas", type=float, nargs="+", default=None)
     add("--momentum", type=float, default=0.9)
     add("--weight-decay", type=float, default=0.05)
-    add("--clip-grad", type=float, default=None, help="global gradient norm to clip at")
+    add("--clip-grad", type=float, default=None, help="global gradient norm to clip at; 0 does not clip")
 
     group = parser.add_argument_group("schedule")
     add = group.add_argument

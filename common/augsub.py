@@ -72,8 +72,8 @@ class AugSub:
         self.kind, self.ratio = kind, ratio
         self.drop, self._switches = ("plain", []) if kind == "none" else _install(model, kind, ratio, block)
         if batch_norm == "main":
-            norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
-            self._switches += [_Switch(norm, "momentum", 0.0) for norm in norms]
+            norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+            self._switches += [_Switch(m, "track_running_stats", False) for m in norms if m.track_running_stats]
 
     def __repr__(self) -> str:
         return f"AugSub({self.kind}, ratio={self.ratio}, {self.drop})"

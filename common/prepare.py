@@ -108,7 +108,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
         autocast=dtype,
         ema=ema,
         mixup=mixup,
-        clip_grad=args.clip_grad,
+        clip_grad=args.clip_grad or None,
         accumulate=args.accum_iter,
         memory_format=memory_format,
         train_mode=args.train_mode,

@@ -82,6 +82,10 @@ KEYS: dict[str, tuple[str | None, type]] = {
     "EVAL_MODE": ("eval", SWITCH),
     "THROUGHPUT_MODE": ("throughput", SWITCH),
 }
+# keys that may hold null or "none", and what that stands for
+NULLABLE = {"MODEL.PRETRAINED": "", "MODEL.RESUME": "", "TRAIN.CLIP_GRAD": None, "TRAIN.OPTIMIZER.BETAS": None,
+            "AUG.COLOR_JITTER": None, "AUG.AUTO_AUGMENT": None, "AUG.CUTMIX_MINMAX": None, "AUG.AUGSUB": "none",
+            "OUTPUT": ""}  # fmt: skip
 
 
 def read(args: argparse.Namespace) -> dict[str, Any]:
@@ -104,7 +108,11 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
         if len(args.opts) % 2:
             raise ValueError(f"--opts takes pairs of KEY VALUE, and {args.opts[-1]!r} has no value")
         for key, text in zip(args.opts[::2], args.opts[1::2]):
-            settings |= [setting(key, yaml.safe_load(text), "--opts")]
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(f"--opts: {key} cannot be {text!r}, which is not YAML") from error
+            settings |= [setting(key, value, "--opts")]
     return {name: value for name, value in settings.items() if name is not None}
 
 
@@ -134,13 +142,16 @@ def setting(key: str, value: Any, source: str) -> tuple[str | None, Any]:
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML takes 5e-4 for a string
-    if kind is str and value in ("none", None):
-        value = "none" if key == "AUG.AUGSUB" else None
-    optional = value is None and kind in (str, list, float)
-    if not optional and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+    if key in NULLABLE and value in ("", "none", None):
+        return name, NULLABLE[key]
+    fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    if kind is list and fits:
+        fits = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in value)
+    if not fits:
         raise ValueError(f"{source}: {key} must be {_named(kind)}, not {value!r}")
     return name, value
 
 
 def _named(kind: type) -> str:
-    return {float: "a number", int: "a whole number", str: "text", bool: "true or false", list: "a list"}[kind]
+    return {FLOAT: "a number", INT: "a whole number", TEXT: "text", SWITCH: "true or false",
+            NUMBERS: "a list of numbers"}[kind]  # fmt: skip

@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import shutil
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from common.data import (
 from common.dist import Process
 from common.engine import StopTraining, Unreadable, evaluate
 from deit.recipe import RECIPE
+from swin.recipe import RECIPE as SWIN
 from tests.conftest import make_shards
 
 ALONE = Process(torch.device("cpu"))
@@ -284,6 +286,61 @@ def test_folders_that_will_not_do(jpegs, tmp_path):
         refused(f"--data-set {name}: no images could be read from", "--data-set", name, "--data-path", str(tmp_path))
     (tmp_path / "categories.json").write_text("no JSON")
     refused("no images could be read", "--data-set", "INAT", "--data-path", str(tmp_path))
+
+
+@pytest.fixture
+def archives(jpegs, tmp_path):
+    """train.zip and val.zip with the lists of their images, as Swin's trainer has them."""
+    folder = jpegs(train=6, val=4)
+    for split in ("train", "val"):
+        lines = []
+        with zipfile.ZipFile(folder / f"{split}.zip", "w") as archive:
+            for path in sorted((folder / split).glob("*/*.jpg")):
+                archive.write(path, str(path.relative_to(folder / split)))
+                lines.append(f"{path.relative_to(folder / split)}\t{['cat', 'dog'].index(path.parent.name)}\n")
+        (folder / f"{split}_map.txt").write_text("".join(lines))
+    return folder
+
+
+def zipped(folder: Path, *flags: str):
+    return parse(SWIN, ["--zip", "--data-path", str(folder), "--batch-size", "4", "--input-size", "32", *flags])
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_images_in_archives_are_those_in_folders(workers, archives):
+    args = zipped(archives, "--num-workers", workers, "--mixup", "0", "--cutmix", "0")
+    packed, plain = open_data_set(args, train=False), datasets.ImageFolder(str(archives / "val"))
+    assert check_classes(open_data_set(args, train=True), packed) == 2
+    expected = [(evaluation_transform(args)(image.convert("RGB")), label) for image, label in plain]
+    found = [(image, int(label)) for images, labels, _ in evaluation_loader(args, packed, ALONE)
+             for image, label in zip(images, labels)]  # fmt: skip
+    assert len(found) == len(expected) == 8
+    assert all(label == wanted and torch.equal(image, like) for (image, label), (like, wanted) in zip(found, expected))
+    loader, batches = training_loader(args, open_data_set(args, train=True), ALONE)
+    assert len(list(loader)) == batches == 3
+
+
+def test_archives_that_will_not_do(archives):
+    with open(archives / "val_map.txt", "a") as file:
+        file.write("cat/none.jpg\t0\n")
+    with pytest.raises(ValueError, match=r"val\.zip does not hold cat/none\.jpg"):
+        open_data_set(zipped(archives), train=False)
+    (archives / "train.zip").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="no images could be read from"):
+        open_data_set(zipped(archives), train=True)
+    (archives / "train_map.txt").unlink()
+    with pytest.raises(ValueError, match=r"train_map\.txt"):
+        open_data_set(zipped(archives), train=True)
+
+
+def test_a_broken_image_of_an_archive_is_named(archives):
+    with zipfile.ZipFile(archives / "val.zip", "a") as archive:
+        archive.writestr("cat/broken.jpg", b"no JPEG")
+    with open(archives / "val_map.txt", "a") as file:
+        file.write("cat/broken.jpg\t0\n")
+    args = zipped(archives, "--num-workers", "0")
+    names = [name for _, _, names in evaluation_loader(args, open_data_set(args, train=False), ALONE) for name in names]
+    assert names == ["cat/broken.jpg"]
 
 
 def test_a_missing_cifar_folder_comes_without_advice_that_is_no_flag(tmp_path):

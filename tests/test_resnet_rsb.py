@@ -87,25 +87,29 @@ def test_binary_cross_entropy_takes_soft_targets_and_a_threshold_for_labels_alon
     torch.testing.assert_close(main, expected)
 
 
-def statistics(batch_norm: str) -> torch.Tensor:
+def statistics(batch_norm: str, momentum: float | None, masked: bool = True) -> dict[str, torch.Tensor]:
+    """Running statistics after two steps."""
     torch.manual_seed(0)
     model = timm.create_model("resnet18", num_classes=5, layers=(1, 1, 1, 1))
-    augsub = AugSub(model, "masking", 0.5, batch_norm=batch_norm)
-    x = torch.randn(4, 3, 64, 64)
-    for loss in augsub.losses(model, x, torch.arange(4), nn.CrossEntropyLoss()):
-        loss.backward()
-    assert model.bn1.momentum == 0.1
-    return model.bn1.running_var.clone()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = momentum
+    augsub = AugSub(model, "masking" if masked else "none", 0.5, batch_norm=batch_norm)
+    x = torch.randn(2, 4, 3, 64, 64)
+    for images in x:
+        for loss in augsub.losses(model, images, torch.arange(4), nn.CrossEntropyLoss()):
+            loss.backward()
+    assert model.bn1.momentum == momentum and model.bn1.track_running_stats
+    return {name: value.clone() for name, value in model.named_buffers()}
 
 
-def test_running_statistics_take_both_passes_or_the_main_one_alone():
-    torch.manual_seed(0)
-    model = timm.create_model("resnet18", num_classes=5, layers=(1, 1, 1, 1))
-    x = torch.randn(4, 3, 64, 64)
-    model(x)
-    once = model.bn1.running_var.clone()
-    torch.testing.assert_close(statistics("main"), once)
-    assert not torch.allclose(statistics("shared"), once)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_take_both_passes_or_the_main_one_alone(momentum):
+    """With a momentum, and with none, where the statistics are the mean over all steps."""
+    plain = statistics("shared", momentum, masked=False)
+    torch.testing.assert_close(statistics("main", momentum), plain, rtol=0, atol=0)
+    shared = statistics("shared", momentum)
+    assert not torch.allclose(shared["bn1.running_var"], plain["bn1.running_var"])
 
 
 @pytest.mark.parametrize(("name", "mask"), [

@@ -124,6 +124,15 @@ def test_command_line_over_opts_over_file():
     (["--cfg", "none.yaml"], "--cfg none.yaml: there is no such file; configs/swin/swin_base"),
     (["--opts", "MODEL.TYPE", "swinv2"], "MODEL.TYPE swinv2: this trainer has swin"),
     (["--opts", "MODEL.SWIN.DEPTHS", "[2, 2]"], "2 DEPTHS for 4 NUM_HEADS"),
+    (["--opts", "MODEL.SWIN.DEPTHS", "[2, two]"], "MODEL.SWIN.DEPTHS must be a list of numbers, not [2, 'two']"),
+    (["--opts", "MODEL.SWIN.DEPTHS", "[2,"], "--opts: MODEL.SWIN.DEPTHS cannot be '[2,', which is not YAML"),
+    (["--opts", "TRAIN.BASE_LR", "null"], "TRAIN.BASE_LR must be a number, not None"),
+    (["--opts", "MODEL.NAME", "null"], "MODEL.NAME must be text, not None"),
+    (["--opts", "TRAIN.LR_SCHEDULER.NAME", "cosin"], "--sched 'cosin': choose one of cosine, tanh"),
+    (["--opts", "AUG.REMODE", "pixels"], "--remode 'pixels': choose one of const, rand, pixel"),
+    (["--opts", "AUG.AUGSUB", "maskng"], "--augsub 'maskng': choose one of"),
+    (["--opts", "AUG.AUTO_AUGMENT", "rnad-m9"], "argument --aa: timm makes no policy of 'rnad-m9'"),
+    (["--opts", "DATA.INTERPOLATION", "cubic"], "--train-interpolation 'cubic': choose one of"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(flags, sentence, capsys):
     with pytest.raises(SystemExit) as leaving:
@@ -135,7 +144,7 @@ def test_bad_settings_are_refused_by_name(flags, sentence, capsys):
 @pytest.mark.parametrize(("text", "sentence"), [
     ("MODEL:\n  NAMES: x\n", "unknown key MODEL.NAMES: did you mean MODEL.NAME?"),
     ("TRAIN:\n  EPOCHS: true\n", "TRAIN.EPOCHS must be a whole number, not True"),
-    ("MODEL:\n  SWIN:\n    DEPTHS: 2\n", "MODEL.SWIN.DEPTHS must be a list, not 2"),
+    ("MODEL:\n  SWIN:\n    DEPTHS: 2\n", "MODEL.SWIN.DEPTHS must be a list of numbers, not 2"),
     ("a: [1\n", "is not YAML"), ("- 1\n", "holds no settings"),
 ])  # fmt: skip
 def test_bad_files_are_refused(text, sentence, tmp_path, capsys):
@@ -145,6 +154,14 @@ def test_bad_files_are_refused(text, sentence, tmp_path, capsys):
         parse(RECIPE, [*DATA, "--cfg", str(path)])
     assert leaving.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_null_and_none_turn_off_what_can_be_off():
+    keys = ["TRAIN.CLIP_GRAD", "AUG.AUTO_AUGMENT", "AUG.COLOR_JITTER", "MODEL.PRETRAINED", "AUG.AUGSUB", "OUTPUT"]
+    for off in ("null", "none"):
+        args = parse(RECIPE, [*DATA, "--opts", *(word for key in keys for word in (key, off))])
+        assert (args.clip_grad, args.aa, args.color_jitter, args.finetune) == (None, None, None, "")
+        assert (args.augsub, args.output_dir) == ("none", "")
 
 
 def test_every_key_names_a_setting():
