@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 
+from common import signals
 from common.args import DIGITS, mixup_active
 from common.dist import Process
 
@@ -279,6 +280,7 @@ class SeededSampler(Sampler[tuple[int, int]]):
 
     def __init__(self, order: Any, seed: int, rank: int):
         self.order, self.seed, self.rank, self.epoch = order, seed, rank, 0
+        self.start = 0  # places that are passed over
 
     def __len__(self) -> int:
         return len(self.order)
@@ -290,7 +292,7 @@ class SeededSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         seeds = np.random.default_rng([self.seed, self.epoch, self.rank]).integers(2**62, size=len(self))
-        return zip(self.order, seeds.tolist())
+        return islice(zip(self.order, seeds.tolist()), self.start, None)
 
 
 class Broken(NamedTuple):
@@ -440,9 +442,19 @@ def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tu
         pin_memory=args.pin_mem and process.device.type == "cuda",
         persistent_workers=workers > 0,
         collate_fn=collate,
+        worker_init_fn=signals.ignore,
         generator=torch.Generator(),  # else the first pass of each start draws from the generator of the drops
     )
     return loader, batches
+
+
+def batches_of(loader: DataLoader, epoch: int, done: int = 0) -> Iterator[Any]:
+    """The batches of an epoch after the first `done`, which only a stream has to read again."""
+    set_epoch(loader, epoch)
+    if isinstance(loader.sampler, SeededSampler):
+        loader.sampler.start = done * (loader.batch_size or 1)
+        return iter(loader)
+    return islice(loader, done, None)
 
 
 def set_epoch(loader: DataLoader, epoch: int) -> None:
@@ -467,6 +479,7 @@ def evaluation_loader(args: argparse.Namespace, data: Any, process: Process) -> 
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and process.device.type == "cuda",
         collate_fn=collate,
+        worker_init_fn=signals.ignore,
     )
 
 

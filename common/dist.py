@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +88,27 @@ def seed_everything(*parts: int) -> None:
     torch.manual_seed(int(state[2]))
 
 
+def random_state() -> dict[str, Any]:
+    """The states of this process's generators, as tensors and plain values."""
+    kind, keys, *rest = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.tensor(np.asarray(keys).tolist()), *rest),
+        "torch": torch.random.get_rng_state(),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts back what `random_state` gave."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.random.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
 def _distributed() -> bool:
     return torch_dist.is_available() and torch_dist.is_initialized()
 
@@ -107,11 +129,21 @@ def all_min(values: Tensor) -> Tensor:
 
 def all_union(values: set[str]) -> set[str]:
     """What is in the set of any process."""
+    return set().union(*all_gather(values))
+
+
+def all_gather(value: Any) -> list[Any]:
+    """What each process has, in the order of their ranks."""
     if not _distributed():
-        return set(values)
-    parts: list[set[str]] = [set() for _ in range(torch_dist.get_world_size())]
-    torch_dist.all_gather_object(parts, values)
-    return set().union(*parts)
+        return [value]
+    parts: list[Any] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(parts, value)
+    return parts
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set on any process."""
+    return any(all_gather(flag))
 
 
 def barrier() -> None:

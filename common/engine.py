@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.augsub import AugSub, Criterion
 from common.data import NONE, UNREADABLE_SHARE
-from common.dist import Process, all_min, all_sum, all_union
+from common.dist import Process, all_min, all_sum, all_union, any_of
 from common.recipe import SetLR
 
 Batch = tuple[Tensor, Tensor, list[str]]  # images (B, 3, H, W), labels (B,) or NONE, names of unreadable images
@@ -27,6 +27,24 @@ NEVER = 2.0**52  # a step no run reaches, and exact in float64
 
 class StopTraining(Exception):
     """Training cannot go on; the message says why, and what is left. One process alone may raise it."""
+
+
+@dataclass
+class Position:
+    """Where in an epoch training stands, between two updates."""
+
+    update: int = 0  # updates done
+    rates: float = 0.0  # sum of their learning rates
+    total: list[float] = field(default_factory=list)  # images and losses, summed up to the last report
+    window: list[float] = field(default_factory=list)  # and those since, of this process alone
+
+
+class Interrupted(Exception):
+    """Training was asked to stop, and did between two updates."""
+
+    def __init__(self, position: Position):
+        super().__init__()
+        self.position = position
 
 
 @dataclass
@@ -117,18 +135,22 @@ def train_one_epoch(
     say: Callable[[Report], None],
     unreadable: Unreadable,
     tick: Callable[[], None] = lambda: None,
+    asked: Callable[[], bool] = lambda: False,
+    begin: Position | None = None,
 ) -> dict[str, float]:
     """Trains for one epoch. The host waits for the device only at every `interval`-th update, and at the last.
 
     Args:
         trainer: model, optimizer and the rest.
-        loader: batches on the host.
+        loader: batches on the host, from where `begin` stands.
         batches: how many of them make the epoch; the same on every process.
         epoch: counted from 0.
         interval: updates between reports.
         say: is handed each report, on every process.
         unreadable: counts the images that could not be read.
         tick: is called after each update, on every process.
+        asked: whether this process is asked to stop. A single one does after its update; several agree at a report.
+        begin: where an earlier start was interrupted.
 
     Returns:
         means over the epoch and all processes: "lr", "loss" of the main model and, with AugSub, "sub_loss".
@@ -136,15 +158,23 @@ def train_one_epoch(
     Raises:
         StopTraining: on all processes within one interval, where a loss on any of them was not finite, or too many
             images were unreadable; on this process, where a label or the data is to blame.
+        Interrupted: on all processes, after the same update.
     """
     trainer.bare.train(trainer.train_mode)
     updates = math.ceil(batches / trainer.accumulate)
+    alone = trainer.process.world_size == 1
     passes = 1 if trainer.augsub.kind == "none" else 2
     window, total = _Losses(passes, trainer.process.device), torch.zeros(1 + passes, dtype=torch.float64)
-    rates = 0.0
+    done, rates = 0, 0.0
+    if begin is not None:
+        done, rates, total = begin.update, begin.rates, torch.tensor(begin.total, dtype=torch.float64)
+        if begin.window:
+            window.load(begin.window)
+    earlier = window.seen
     start = time.perf_counter()
-    stream = islice(loader, batches)
-    for done, chunk in enumerate(_chunks(stream, trainer.accumulate), start=1):
+    stream = islice(loader, batches - done * trainer.accumulate)
+    for chunk in _chunks(stream, trainer.accumulate):
+        done += 1
         trainer.set_lr(epoch * updates + done - 1)
         parts = min(trainer.accumulate, batches - (done - 1) * trainer.accumulate)
         for part, (images, labels, bad) in enumerate(chunk, start=1):
@@ -163,8 +193,11 @@ def train_one_epoch(
             seen, *means = sums.tolist()
             now = time.perf_counter()
             say(Report(done, updates, means[0] / seen, means[1] / seen if passes == 2 else None, lr,
-                       seen / (now - start), int(seen)))  # fmt: skip
-            start = now
+                       (seen - earlier) / (now - start), int(seen)))  # fmt: skip
+            start, earlier = now, 0
+        agreed = any_of(asked()) if alone or done % interval == 0 else False
+        if agreed and done != updates:
+            raise Interrupted(Position(done, rates, total.tolist(), window.dump()))
     if done != updates:
         raise StopTraining(f"the data ended after {done} of {updates} steps of epoch {epoch + 1}")
     seen, *losses = total.tolist()
@@ -200,6 +233,15 @@ class _Losses:
         self.sums += values * images
         bad = torch.where(values.isfinite().all(), NEVER, float(update))
         self.first_bad = torch.minimum(self.first_bad, bad.double())
+
+    def dump(self) -> list[float]:
+        """Images seen and sums of losses of this process."""
+        return [float(self.seen), *self.sums.tolist()]
+
+    def load(self, state: list[float]) -> None:
+        """Puts back what `dump` gave."""
+        self.seen = int(state[0])
+        self.sums = torch.tensor(state[1:], dtype=torch.float64, device=self.device)
 
     def reduce(self, where: str) -> Tensor:
         """Images seen and sums of losses over all processes, (1 + passes,) on the host; starts anew."""

@@ -30,6 +30,7 @@ class Log:
         speaks: whether to print and write at all.
         start_epoch: first epoch of this start; lines and curves of it and later ones, left from a run that was
             cut off in the middle, are taken out.
+        start_update: updates of that epoch done before this start, whose curves stay.
         updates: optimizer steps in an epoch.
         epochs: epochs of the run.
         curve_steps: points of an epoch on the axis of TensorBoard's curves; None counts optimizer steps.
@@ -41,16 +42,16 @@ class Log:
     """
 
     def __init__(self, folder: Path | None, speaks: bool, start_epoch: int, updates: int, epochs: int,
-                 curve_steps: int | None = None, curves: str | None = None):  # fmt: skip
+                 curve_steps: int | None = None, curves: str | None = None, start_update: int = 0):  # fmt: skip
         self.curve_steps = curve_steps or updates
         self.folder, self.speaks, self.updates, self.epochs = folder, speaks, updates, epochs
-        self.start_epoch = start_epoch
+        self.start = start_epoch * updates + start_update
         self.bar: tqdm | None = None
         self.curves: SummaryWriter | None = None
         self.began = time.time()
         if speaks and folder is not None:
             _drop_from(folder, start_epoch)
-            purge = start_epoch * self.curve_steps + 1  # the epoch before ends at the step itself
+            purge = self.step(start_epoch, start_update) + 1  # what was done ends at the step itself
             threading.excepthook = _quiet_writer
             self.curves = SummaryWriter(curves or str(folder / CURVES), purge_step=purge)
             self.curves.flush()
@@ -61,11 +62,12 @@ class Log:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def epoch(self, epoch: int) -> None:
-        """Opens the bar of an epoch."""
+    def epoch(self, epoch: int, update: int = 0) -> None:
+        """Opens the bar of an epoch, of which some updates may be done."""
         if self.speaks and sys.stderr.isatty():
             self.bar = tqdm(
                 total=self.updates,
+                initial=update,
                 desc=f"epoch {epoch + 1}/{self.epochs}",
                 bar_format="{desc} {percentage:3.0f}%|{bar}|{postfix}",
                 dynamic_ncols=True,
@@ -83,8 +85,8 @@ class Log:
             return
         sub = "" if report.sub_loss is None else f"  sub {report.sub_loss:.4f}"
         figures = f"loss {report.loss:.4f}{sub}  lr {report.lr:.1e}  {report.images_per_second:.0f} img/s"
-        done = (epoch - self.start_epoch) * self.updates + report.update
-        left = (self.epochs - self.start_epoch) * self.updates - done
+        done = epoch * self.updates + report.update - self.start
+        left = self.epochs * self.updates - self.start - done
         figures += f"  left {duration((time.time() - self.began) / done * left)}"
         if self.bar is not None:
             self.bar.set_postfix_str(figures)

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from common.dist import Process
 from common.engine import Trainer, Unreadable
 from common.log import Log
 from common.recipe import Recipe, create_optimizer
-from common.resume import fetch, plain, restore, resume_from
+from common.resume import Start, fetch, plain, restore, resume_from
+from common.signals import Request
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = "args.json"
@@ -54,8 +55,10 @@ class Job:
     log: Log
     folder: Path | None  # for checkpoints and logs
     source: str  # the checkpoint that it goes on from, or ""
-    epoch: int  # the next one to train
+    start: Start
     best: dict[str, float]  # "acc1" and its "epoch"; empty before the first
+    request: Request = field(default_factory=Request)  # to stop
+    finished: bool = False
 
 
 def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
@@ -113,10 +116,10 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
         memory_format=memory_format,
         train_mode=args.train_mode,
     )
-    start, best, notes = restore(recipe, args, source, trainer) if source else (args.start_epoch, {}, [])
+    start = restore(recipe, args, source, trainer) if source else Start(args.start_epoch)
     folder = Path(args.output_dir) if training and args.output_dir else None
     log = open_folder(recipe, args, process, folder, start, updates)
-    for line in (*describe(args, process, trainer, classes, updates), *notes):
+    for line in (*describe(args, process, trainer, classes, updates), *start.notes):
         log.line(line)
     return Job(
         recipe=recipe,
@@ -132,8 +135,8 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
         log=log,
         folder=folder,
         source=source,
-        epoch=start,
-        best=best,
+        start=start,
+        best=start.best,
     )
 
 
@@ -216,7 +219,7 @@ def wrapped(model: nn.Module, args: argparse.Namespace, process: Process) -> nn.
 
 
 def open_folder(
-    recipe: Recipe, args: argparse.Namespace, process: Process, folder: Path | None, start: int, updates: int
+    recipe: Recipe, args: argparse.Namespace, process: Process, folder: Path | None, start: Start, updates: int
 ) -> Log:
     """Creates the output folder, writes the settings of this start into it, and opens the logs.
 
@@ -228,7 +231,8 @@ def open_folder(
             folder.mkdir(parents=True, exist_ok=True)
             with checkpoint.replacing(folder / SETTINGS) as file:
                 file.write(json.dumps(settings(args, process), indent=2).encode())
-        return Log(folder, process.is_main, start, updates, args.epochs, recipe.curve_steps, args.log_dir)
+        update = start.position.update if start.position is not None else 0
+        return Log(folder, process.is_main, start.epoch, updates, args.epochs, recipe.curve_steps, args.log_dir, update)
     except OSError as error:
         raise ValueError(f"--output-dir {folder}: not writable ({error.strerror or error})") from error
 

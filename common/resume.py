@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from common import checkpoint, dist
 from common.args import MAY_CHANGE
-from common.engine import Trainer
+from common.engine import Position, Trainer
 from common.recipe import Recipe
 
 # what an optimizer is set to, as against what it remembers
@@ -46,16 +47,40 @@ def fetch(source: str) -> str:
     return str(target)
 
 
-def restore(
-    recipe: Recipe, args: argparse.Namespace, source: str, trainer: Trainer
-) -> tuple[int, dict[str, float], list[str]]:
-    """Puts a checkpoint's state into the trainer → the epoch to go on with, the best result so far, what to say.
+@dataclass
+class Start:
+    """Where a run begins."""
+
+    epoch: int  # the next one to train
+    best: dict[str, float] = field(default_factory=dict)  # "acc1" and its "epoch"; empty before the first
+    position: Position | None = None  # in that epoch
+    own: dict[str, Any] | None = None  # state of this process alone: generators, batch statistics
+    notes: list[str] = field(default_factory=list)  # what there is to say of it
+
+
+def own_state(trainer: Trainer, position: Position) -> dict[str, Any]:
+    """What one process has for itself in the middle of an epoch, as tensors and plain values."""
+    several = trainer.process.world_size > 1  # else the model's state has them
+    buffers = {name: buffer.cpu() for name, buffer in trainer.bare.named_buffers()} if several else {}
+    return {"random": dist.random_state(), "buffers": buffers, "window": position.window}
+
+
+def set_own_state(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Puts back what `own_state` gave."""
+    buffers = dict(trainer.bare.named_buffers())
+    for name, value in state["buffers"].items():
+        buffers[name].copy_(value)
+    dist.set_random_state(state["random"])
+
+
+def restore(recipe: Recipe, args: argparse.Namespace, source: str, trainer: Trainer) -> Start:
+    """Puts a checkpoint's state into the trainer.
 
     Raises:
         ValueError: the checkpoint does not fit, or the output folder holds a run with other settings.
     """
     content = checkpoint.load(source)
-    ours = {"best", "processes"} <= content.keys() and isinstance(content.get("args"), dict)
+    ours = {"best", "processes", "position"} <= content.keys() and isinstance(content.get("args"), dict)
     notes = []
     if ours and not args.resume and not args.eval:
         check_settings(args, content, source, trainer.process.world_size)
@@ -73,11 +98,11 @@ def restore(
         if not averaged:
             notes.append(f"{source} has no average of the weights" + ("" if args.eval else ": it starts from these"))
     if args.eval:
-        return 0, {}, [f"evaluating {source}", *notes]
+        return Start(0, notes=[f"evaluating {source}", *notes])
     if not ours:
         epoch = content["epoch"] + 1 if isinstance(content.get("epoch"), int) else args.start_epoch
-        return epoch, {}, [f"{source} is not of this trainer: its weights are used from epoch {epoch} on, with a fresh "
-                           "optimizer", *notes]  # fmt: skip
+        return Start(epoch, notes=[f"{source} is not of this trainer: its weights are used from epoch {epoch} on, "
+                                   "with a fresh optimizer", *notes])  # fmt: skip
     settings = [{name: group[name] for name in OPTIMIZER_SETTINGS & group.keys()}
                 for group in trainer.optimizer.param_groups]  # fmt: skip
     try:
@@ -88,8 +113,16 @@ def restore(
         raise ValueError(f"{source}: its optimizer state does not fit --opt {args.opt} ({error})") from error
     for group, given in zip(trainer.optimizer.param_groups, settings):
         group.update(given)  # a state dict brings the settings of its run too
-    epoch = content["epoch"] + 1
-    return epoch, content["best"], [f"continuing at epoch {epoch + 1} from {source}", *notes]
+    start = Start(content["epoch"] + 1, content["best"])
+    where = f"epoch {start.epoch + 1}"
+    if content["position"] is not None:
+        start.position = Position(**content["position"])
+        if content["processes"] == trainer.process.world_size:
+            start.own = content["own"][trainer.process.rank]
+            start.position.window = start.own["window"]
+        where += f", after step {start.position.update},"
+    start.notes = [f"continuing at {where} from {source}", *notes]
+    return start
 
 
 def check_settings(args: argparse.Namespace, content: dict[str, Any], source: str, processes: int) -> None:

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from timm.utils import distribute_bn
 
 from common import checkpoint, dist
 from common.args import parse
-from common.data import set_epoch
-from common.engine import StopTraining, autocast, evaluate, train_one_epoch
+from common.data import batches_of
+from common.engine import Interrupted, Position, StopTraining, autocast, evaluate, train_one_epoch
 from common.log import CURVES, duration, entries
 from common.prepare import SETTINGS, Job, prepare
 from common.recipe import Recipe
-from common.resume import plain
+from common.resume import own_state, plain, set_own_state
+from common.signals import listening
 
 
-def run(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
-    """Trains, or evaluates with `--eval`, as the command line says.
+def run(recipe: Recipe, argv: Sequence[str] | None = None) -> bool:
+    """Trains, or evaluates with `--eval`, as the command line says → whether all is done, and not stopped on request.
 
     Exits with status 2 and one sentence on bad input, and where training cannot go on.
     """
@@ -33,10 +35,13 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         try:
             args = parse(recipe, argv)
+            request = stack.enter_context(listening(dist.is_main_before_start()))
             process = stack.enter_context(dist.started(args.device))
             job = prepare(recipe, args, process)
+            job.request = request
             with closing(job.log):
                 task_of(args)(job)
+            return job.finished
         except ValueError as error:
             if job is not None:  # past the start it is no bad input
                 raise
@@ -78,24 +83,34 @@ def train(job: Job) -> None:
     args, log = job.args, job.log
     parameters = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     began = time.time()
-    if job.process.is_main and job.folder is not None and job.source == str(job.folder / checkpoint.LAST):
-        keep(job, job.epoch - 1)  # an earlier start may have been cut off before it had
-    if job.epoch >= args.epochs:
+    whole = job.start.position is None  # the checkpoint is that of a whole epoch
+    if whole and job.process.is_main and job.folder is not None and job.source == str(job.folder / checkpoint.LAST):
+        keep(job, job.start.epoch - 1)  # an earlier start may have been cut off before it had
+    if job.start.epoch >= args.epochs:
         log.line(f"all {args.epochs} epochs are trained already")
-    for epoch in range(job.epoch, args.epochs):
+    job.request.gently = True
+    for epoch in range(job.start.epoch, args.epochs):
+        begin = job.start.position if epoch == job.start.epoch else None
         dist.seed_everything(args.seed, job.process.rank, epoch)
-        set_epoch(job.train_loader, epoch)
-        log.epoch(epoch)
-        means = train_one_epoch(
-            job.trainer,
-            job.train_loader,
-            job.batches,
-            epoch,
-            args.log_interval,
-            lambda report, epoch=epoch: log.report(epoch, report),  # type: ignore[misc]
-            job.unreadable,
-            log.tick,
-        )
+        if begin is not None and job.start.own is not None:
+            set_own_state(job.trainer, job.start.own)
+        log.epoch(epoch, begin.update if begin is not None else 0)
+        try:
+            means = train_one_epoch(
+                job.trainer,
+                batches_of(job.train_loader, epoch, begin.update * args.accum_iter if begin is not None else 0),
+                job.batches,
+                epoch,
+                args.log_interval,
+                lambda report, epoch=epoch: log.report(epoch, report),  # type: ignore[misc]
+                job.unreadable,
+                log.tick,
+                lambda: bool(job.request),
+                begin,
+            )
+        except Interrupted as stop:
+            pause(job, epoch, stop.position)
+            return
         log.end_epoch()
         if job.process.world_size > 1 and args.dist_bn:
             distribute_bn(job.model, job.process.world_size, reduce=args.dist_bn == "reduce")
@@ -114,13 +129,38 @@ def train(job: Job) -> None:
             save(job, epoch)
         if job.recipe.summary:
             log.summary()
+        if epoch + 1 < args.epochs and dist.any_of(bool(job.request)):
+            pause(job, epoch + 1)
+            return
     if job.recipe.summary:
         log.summary()  # where an earlier start was cut off before it
+    job.finished = True
     summarise(job, time.time() - began)
 
 
-def save(job: Job, epoch: int) -> None:
-    """Writes the checkpoint of an epoch, under all its names."""
+def pause(job: Job, epoch: int, position: Position | None = None) -> None:
+    """Saves where training stands, before an epoch or in it, and says how it goes on."""
+    job.log.end_epoch()
+    where = f"before epoch {epoch + 1}"
+    if position is not None:
+        where = f"after step {position.update} of {job.log.updates} in epoch {epoch + 1}"
+        own = dist.all_gather(own_state(job.trainer, position))
+    if job.folder is None:
+        again = "nothing is saved, for want of an --output-dir"
+    else:
+        again = "the same command goes on from there"
+        if job.process.is_main:
+            saved = epoch % job.args.save_freq == 0 or job.best.get("epoch") == epoch - 1
+            if position is not None:
+                save(job, epoch - 1, position, own)
+            elif not saved:
+                save(job, epoch - 1)
+    dist.barrier()  # nobody leaves before the file is there
+    job.log.line(f"asked to stop ({job.request.by or 'on another process'}): stopped {where}; {again}")
+
+
+def save(job: Job, epoch: int, position: Position | None = None, own: list[dict[str, Any]] | None = None) -> None:
+    """Writes the checkpoint of an epoch, under all its names; or with a position that of the middle of the next one."""
     assert job.folder is not None
     trainer = job.trainer
     state = {
@@ -132,6 +172,8 @@ def save(job: Job, epoch: int) -> None:
         "best": job.best,
         "args": plain(vars(job.args)),
         "processes": job.process.world_size,
+        "position": dataclasses.asdict(dataclasses.replace(position, window=[])) if position is not None else None,
+        "own": own,
     }
     path = job.folder / checkpoint.LAST
     try:
@@ -139,7 +181,8 @@ def save(job: Job, epoch: int) -> None:
     except (OSError, RuntimeError, FloatingPointError) as error:
         left = "the one before is still there" if path.exists() else "none was written before"
         raise StopTraining(f"{path} could not be written ({error}); {left}") from error
-    keep(job, epoch)
+    if position is None:
+        keep(job, epoch)
 
 
 def keep(job: Job, epoch: int) -> None:
@@ -176,6 +219,7 @@ def evaluate_only(job: Job) -> None:
     lost = len(job.unreadable_val.known)
     images = f"{int(results['images'])} of {int(results['images']) + lost}" if lost else f"{int(results['images'])}"
     job.log.line(f"{images} images: {accuracies(results)}  loss {results['loss']:.4f}")
+    job.finished = True
 
 
 def evaluate_all(job: Job) -> dict[str, float]:
@@ -208,6 +252,7 @@ def measure_throughput(job: Job, warmup: int = 50, rounds: int = 30) -> None:
     synchronise(job.process.device)
     seconds = time.perf_counter() - start
     job.log.line(f"throughput: {rounds * len(images) / seconds:.1f} images/s in batches of {len(images)}")
+    job.finished = True
 
 
 def synchronise(device: torch.device) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import checkpoint, train
 from common.dist import Process
+from common.engine import Trainer
 from deit.recipe import RECIPE
 
 FLAGS = ["--model", "deit_pico_patch8_LS", "--input-size", "32", "--num-workers", "0", "--batch-size", "8", "--epochs",
@@ -77,6 +80,19 @@ def interrupt_epoch(monkeypatch, number: int) -> None:
         return means
 
     monkeypatch.setattr(train, "train_one_epoch", interrupted)
+
+
+def stop_after(monkeypatch, steps: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """This process gets a real signal during the update of that number, counted from 1 over the start."""
+    update, done = Trainer.update, []
+
+    def signalled(trainer):
+        update(trainer)
+        done.append(None)
+        if len(done) == steps:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Trainer, "update", signalled)
 
 
 def curves_of(folder: Path) -> EventAccumulator:

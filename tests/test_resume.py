@@ -6,20 +6,24 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from common import checkpoint, resume
-from tests.conftest import command, environment, run, shard_flags
+from tests.conftest import ROOT, command, environment, run, shard_flags
 from tests.runs import (
     FLAGS,
     assert_same_bits,
     curves_of,
+    differences,
     final,
     interrupt_epoch,
     refused,
     start,
+    stop_after,
 )
 
 
@@ -188,3 +192,113 @@ def test_two_addresses_with_the_same_file_name_are_two_files(finished, tmp_path,
     places = [resume.fetch(f"https://{host}/base.pth") for host in ("a.example", "b.example", "a.example")]
     assert [Path(place).read_text() for place in places] == [f"https://{host}.example/base.pth" for host in "aba"]
     assert fetched == ["https://a.example/base.pth", "https://b.example/base.pth"]
+
+
+@pytest.mark.parametrize(("steps", "number", "more"), [
+    (1, signal.SIGTERM, []), (4, signal.SIGUSR2, []), (5, signal.SIGINT, ["--num-workers", "1"]), (6, signal.SIGTERM, []),
+    (9, signal.SIGTERM, ["--log-interval", "50"]),
+])  # fmt: skip
+def test_a_run_that_is_asked_to_stop_goes_on_to_the_same_bits(
+    steps, number, more, finished, tmp_path, capsys, monkeypatch
+):
+    """By a real signal: in the first and the second epoch, between reports, at one, and at the end of an epoch."""
+    flags, out, _ = finished
+    flags = [*flags, *more, "--output-dir", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps, number)
+        start(*flags)
+    where = "before epoch 2" if steps == 6 else f"after step {(steps - 1) % 6 + 1} of 6 in epoch {1 + steps // 6}"
+    said = capsys.readouterr().out
+    assert f"asked to stop ({number.name}): stopped {where}; the same command goes on from there" in said
+    assert "trained in" not in said
+    start(*flags)
+    said = capsys.readouterr().out
+    assert "continuing at epoch " in said and "trained in" in said
+    assert_same_bits(tmp_path / "out", out)
+    assert_same_bits(tmp_path / "out", out, "best_checkpoint.pth")
+    if not more:
+        ours, theirs = curves_of(tmp_path / "out"), curves_of(out)
+        for name in ("train/loss", "train/sub_loss", "train/lr", "test/acc1"):
+            points = [[(point.step, point.value) for point in curves.Scalars(name)] for curves in (ours, theirs)]
+            assert points[0] == points[1], name
+
+
+def test_a_run_on_shards_that_is_asked_to_stop_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    flags = [*shard_flags(tmp_path / "shards"), "--accum-iter", "2", "--output-dir"]
+    start(*flags, str(tmp_path / "undisturbed"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        start(*flags, str(tmp_path / "stopped"))
+    assert final(tmp_path / "stopped")["position"]["update"] == 2
+    start(*flags, str(tmp_path / "stopped"))
+    assert_same_bits(tmp_path / "undisturbed", tmp_path / "stopped")
+
+
+def test_two_processes_that_are_asked_to_stop_go_on_to_the_same_bits(jpegs, tmp_path):
+    """With batch statistics, of which each process has its own until the end of the epoch. The second one is asked."""
+    flags = ["--model", "resnet10t", "--input-size", "32", "--data-path", str(jpegs()), "--batch-size", "2", "--epochs", "2",
+             "--augsub", "masking", "--augsub-block", "8", "--num-workers", "1", "--log-interval", "2", "--opt", "sgd",
+             "--lr", "0.01", "--drop-path", "0.1", "--amp", "off"]  # fmt: skip
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"""
+import os, signal, sys
+sys.path[0] = {str(ROOT)!r}
+from common.engine import Trainer
+from common.train import run
+from resnet_rsb.recipe import RECIPE
+
+update, done = Trainer.update, []
+
+def signalled(trainer):
+    update(trainer)
+    done.append(None)
+    if len(done) == 11 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+if sys.argv.pop(1) == "stop":
+    Trainer.update = signalled
+run(RECIPE)
+""")
+    for folder, ways in (("undisturbed", ["run"]), ("stopped", ["stop", "run"])):
+        for way in ways:
+            done = run(
+                way, *flags, "--output-dir", str(tmp_path / folder), cwd=tmp_path, entry=str(driver), processes=2
+            )
+            assert done.returncode == 0, done.stderr
+            if way == "stop":
+                assert "asked to stop (on another process): stopped after step 4 of 8 in epoch 2" in done.stdout
+    a, b = final(tmp_path / "undisturbed"), final(tmp_path / "stopped")
+    assert a.pop("args").keys() == b.pop("args").keys() and not differences(a, b)
+    assert (tmp_path / "undisturbed" / "log.txt").read_text() == (tmp_path / "stopped" / "log.txt").read_text()
+
+
+def test_a_second_ctrl_c_leaves_at_once(jpegs, tmp_path):
+    """A real process, in the middle of an epoch that never gets to its next step."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"""
+import sys, time
+sys.path[0] = {str(ROOT)!r}
+from common.engine import Trainer
+from common.train import run
+from deit.recipe import RECIPE
+
+def hang(trainer):
+    print("hanging", flush=True)
+    while True:
+        time.sleep(0.1)
+
+Trainer.update = hang
+run(RECIPE)
+""")
+    process = subprocess.Popen(
+        command(*FLAGS, "--data-path", str(jpegs()), entry=str(driver)),
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    assert process.stdout is not None and any(line == "hanging\n" for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "\nstopping after this step; Ctrl-C again leaves at once\ndriver.py: error: interrupted\n"

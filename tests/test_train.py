@@ -148,7 +148,7 @@ def test_finetuning_starts_from_the_weights_with_a_new_head(finished, jpegs):
     assert all(torch.equal(ours[name], weights[name]) for name in ours if not name.startswith("head."))
     assert differences(job.trainer.ema.module.state_dict(), dict(ours)) == []
     means = train_one_epoch(job.trainer, job.train_loader, 2, 0, 2, lambda report: None, job.unreadable)
-    assert means["loss"] < 10 and job.epoch == 0
+    assert means["loss"] < 10 and job.start.epoch == 0
 
 
 def job_for(data: str, *flags: str) -> Job:
@@ -234,7 +234,7 @@ def test_epochs_processes_and_seeds_draw_differently(jpegs, monkeypatch):
 
     def look(trainer, loader, *rest):
         drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
-        orders.append(list(loader.sampler))
+        orders.append(list(job.train_loader.sampler))
         return plain(trainer, loader, *rest)
 
     monkeypatch.setattr(train, "train_one_epoch", look)
