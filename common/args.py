@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -33,7 +35,7 @@ UNOFFERED = {"src": False, "train_mode": True, "aug_repeats": 0, "zip": False, "
 # what may differ between a run and its continuation without making another run of it
 MAY_CHANGE = {"output_dir", "resume", "eval", "device", "num_workers", "pin_mem", "log_interval", "data_path",
               "data_dir", "dist_eval", "start_epoch", "compile", "channels_last", "variant", "save_freq",
-              "throughput"}  # fmt: skip
+              "throughput", "cfg", "opts", "checkpoint_hist"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,13 +98,14 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
         parser.error(str(error))
     data_path = first.data_path or getattr(first, "data_dir", None) or from_files.get("data_path")
     data_set = first.data_set
-    if first.data_path == "":
-        parser.error('--data-path "": a folder is missing, as where a script names one that is not set')
+    if "" in (first.data_path, getattr(first, "data_dir", None), from_files.get("data_path")):
+        parser.error('the data path is "": a folder is missing, as where a script names one that is not set')
     if data_set is None:
         data_set = "IMNET" if data_path else DIGITS
     if data_set == DIGITS:
-        if first.variant is not None and first.data_set is None:
-            parser.error(f"--variant {first.variant} trains on ImageNet: --data-path says where it is")
+        named = f"--variant {first.variant}" if first.variant is not None else f"--cfg {getattr(first, 'cfg', None)}"
+        if first.data_set is None and (first.variant is not None or getattr(first, "cfg", None)):
+            parser.error(f"{named} trains on ImageNet: --data-path says where it is")
         if first.variant is None:
             parser.set_defaults(**recipe.digits)
         parser.set_defaults(output_dir=None)
@@ -140,7 +143,10 @@ def digits_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         default = parser.get_default(name)
         if name not in MAY_CHANGE | {"augsub", "recipe"} and value != default and default != []:
             parts.append(f"{name}-{value}")
-    return os.path.join("output", "_".join(parts).replace("/", "-").replace(" ", ""))
+    name = "_".join(parts).replace("/", "-").replace(" ", "")
+    if len(name) > 200:  # file systems end at 255
+        name = f"{name[:180]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return os.path.join("output", name)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -161,11 +167,25 @@ def check(args: argparse.Namespace) -> None:
                 "num_workers": 0, "augsub_block": 1, "save_freq": 1, "start_epoch": 0, "warmup_epochs": 0,
                 "cooldown_epochs": 0, "recount": 1, "lr": 0, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0,
                 "mixup": 0, "cutmix": 0, "bce_target_thresh": 0, "clip_grad": 0,
-                "opt_eps": 0}  # fmt: skip
+                "checkpoint_hist": 0, "patience_epochs": 0}  # fmt: skip
     for name, least in at_least.items():
         value = getattr(args, name)
         if value is not None and not value >= least:
             raise ValueError(f"{flag(name)} {value}: at least {least} is needed")
+    for name, value in vars(args).items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in values):
+            raise ValueError(f"{flag(name)} {value}: a finite number is needed")
+    if args.opt_eps is not None and not args.opt_eps > 0:
+        raise ValueError(f"--opt-eps {args.opt_eps}: more than 0 is needed")
+    if args.seed >= 2**32:
+        raise ValueError(f"--seed {args.seed}: less than 2**32 is needed")
+    if "adahessian" in args.opt:
+        raise ValueError(f"--opt {args.opt} needs second derivatives, which a step here does not keep")
+    if args.scale[1] > 1:
+        raise ValueError(f"--scale {args.scale[0]} {args.scale[1]}: at most the whole image, 1")
+    if args.lr_noise is not None and len(args.lr_noise) > 2:
+        raise ValueError("--lr-noise: where it starts, and where it ends, are at most two numbers")
     if not args.decay_epochs > 0:
         raise ValueError(f"--decay-epochs {args.decay_epochs}: more than 0 is needed")
     for name in ("augsub_ratio", "drop", "drop_path", "momentum", "model_ema_decay"):

@@ -125,8 +125,8 @@ def load(path: str | Path) -> dict[str, Any]:
             ) from error
         what = "empty" if path.stat().st_size == 0 else "cut short, or no checkpoint"
         raise ValueError(f"{path}: the file is {what}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: this is no checkpoint, but a {type(content).__name__}")
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{path}: this is no checkpoint, but a {type(content).__name__} of other things")
     return content
 
 
@@ -136,7 +136,9 @@ def weights(content: dict[str, Any], part: str = "model") -> dict[str, Tensor]:
         if isinstance(content.get(key), dict):
             content = content[key]
             break
-    state = clean_state_dict({k: v for k, v in content.items() if isinstance(v, Tensor)})
+    state = clean_state_dict({k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)})
+    if any(weight.layout is not torch.strided or weight.is_quantized for weight in state.values()):
+        raise ValueError("its weights are sparse or quantized")
     if not state:
         raise ValueError("it holds no weights")
     return state

@@ -148,7 +148,11 @@ def open_data_set(args: argparse.Namespace, train: bool) -> Dataset:
         if name == "IMNET" and args.zip:
             return ZipFolder(Path(root), "train" if train else "val")
         if name == "IMNET":
-            return _folder(Path(root), train)
+            place = find_folder(Path(root), train)
+            if not train and (Path(root) / "train").is_dir():  # labels are numbers: a class that is missing shifts them
+                check_same([p.name for p in (Path(root) / "train").iterdir() if p.is_dir()],
+                           [p.name for p in place.iterdir() if p.is_dir()])  # fmt: skip
+            return datasets.ImageFolder(str(place))
         if name in ("CIFAR", "CIFAR10"):
             return (datasets.CIFAR10 if name == "CIFAR10" else datasets.CIFAR100)(root, train=train)
         if name in ("INAT", "INAT19"):
@@ -176,13 +180,18 @@ def open_data_set(args: argparse.Namespace, train: bool) -> Dataset:
         raise ValueError(f"--data-set {name}: no images could be read from {root or name} ({reason})") from error
 
 
-def _folder(root: Path, train: bool) -> datasets.ImageFolder:
+def find_folder(root: Path, train: bool) -> Path:
+    """Where the training or the evaluation images lie below a data set's folder.
+
+    Raises:
+        ValueError: it has no such folder.
+    """
     places = [root / "train"] if train else [root / "val", root / "validation"]
     place = next((p for p in places if p.is_dir()), None)
     if place is None:
         wanted = " or ".join(p.name for p in places)
         raise ValueError(f"{root} has no folder {wanted}: train/<class>/*.jpg and val/<class>/*.jpg are needed")
-    return datasets.ImageFolder(str(place))
+    return place
 
 
 def check_classes(train: Dataset, val: Dataset) -> int | None:
@@ -194,6 +203,12 @@ def check_classes(train: Dataset, val: Dataset) -> int | None:
     ours, theirs = _classes(train), _classes(val)
     if ours is None or theirs is None:
         return None
+    check_same(ours, theirs)
+    return len(ours)
+
+
+def check_same(ours: list[str], theirs: list[str]) -> None:
+    """Raises ValueError where the classes of the training images are not those of the evaluation images."""
     for some, other, which, missing in ((ours, theirs, "train", "val"), (theirs, ours, "val", "train")):
         extra = sorted(set(some) - set(other))
         if extra:
@@ -201,7 +216,6 @@ def check_classes(train: Dataset, val: Dataset) -> int | None:
                 f"the training and the evaluation images have different classes: {len(extra)} of {which}, such as "
                 f"{extra[0]!r}, are not in {missing}"
             )
-    return len(ours)
 
 
 def _classes(data: Dataset) -> list[str] | None:
@@ -240,14 +254,11 @@ class Views(Dataset):
         for _ in range(100 if self.replace else 1):
             try:
                 image, label = self.data[at]
-                image = image.convert("RGB")
-                break
+                with drawn_from(seed):
+                    return self.transform(image.convert("RGB")), int(label), unreadable
             except UNREADABLE:
                 unreadable, at = (self.name_of(index),), others.randrange(len(self))
-        else:
-            return torch.zeros(3, 1, 1), NONE, unreadable
-        with drawn_from(seed):
-            return self.transform(image), int(label), unreadable
+        return torch.zeros(3, 1, 1), NONE, unreadable
 
     def name_of(self, index: int) -> str:
         """Path of an image, or what else names it."""

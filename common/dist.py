@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,15 +42,10 @@ def is_first_to_leave() -> bool:
     """Whether this process is the first of all to ask: of several that stop over the same trouble, one speaks."""
     if not _distributed():
         return is_main_before_start()
-    return _store().add(LEAVING, 1) == 1
-
-
-def another_left() -> bool:
-    """Whether another process has stopped, so that what went wrong here went wrong for want of it."""
     try:
-        return _distributed() and _store().add(LEAVING, 0) > 0
+        return _store().add(LEAVING, 1) == 1
     except RuntimeError:  # the store went with the process that kept it
-        return True
+        return False
 
 
 def _store() -> torch_dist.Store:
@@ -68,8 +64,8 @@ def started(device: str | None) -> Iterator[Process]:
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.partition(":")[0] not in ("cuda", "cpu"):
-        raise ValueError(f"unknown device {device!r}: use cuda or cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device}: unknown, use cuda or cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine has no GPU that PyTorch can use; --device cpu would do")
     found = init_distributed_device_so(device)

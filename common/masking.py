@@ -34,9 +34,16 @@ def block_mask(
 
     Returns:
         (B, H, W) of bool, True where hidden.
+
+    Raises:
+        ValueError: there is only one block, so that nothing would be hidden.
     """
     rows, columns = -(-grid[0] // block[0]), -(-grid[1] // block[1])
     n = rows * columns
+    if n == 1 and ratio:
+        raise ValueError(
+            f"one block of {block[0]} x {block[1]} covers the grid of {grid[0]} x {grid[1]}: nothing can be hidden"
+        )
     hidden = torch.rand(batch, n, device=device).argsort(dim=1)[:, : n - max(1, int(n * (1 - ratio)))]
     mask = torch.zeros(batch, n, dtype=torch.bool, device=device).scatter_(1, hidden, True)
     mask = mask.view(batch, rows, columns)

@@ -39,27 +39,29 @@ def register(module: str, name: str, build: Callable[..., nn.Module], **shape: A
 
 def create_timm_model(args: argparse.Namespace, classes: int, **kwargs: Any) -> nn.Module:
     """The timm model `args.model`. A model that is built for one image size gets `input_size`, and its `drop` in the
-    projections and MLPs of its blocks; any other has it before the classifier. `kwargs` are timm's.
+    projections and MLPs of its blocks; any other has it before the classifier. Rates of 0 are left to timm, since not
+    every model has a place for each. `kwargs` are timm's.
 
     Raises:
-        ValueError: timm knows no such model.
+        ValueError: timm knows no such model. TypeError: it has no place for one of the rates.
     """
     if not timm.is_model(args.model):
         close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
         near = f": did you mean {' or '.join(close)}?" if close else ": timm.list_models() lists them"
         raise ValueError(f"unknown model {args.model!r}{near}")
     cfg = timm.get_pretrained_cfg(args.model)
-    if cfg is None or cfg.fixed_input_size:  # ours come without a cfg
-        own = {"img_size": args.input_size, "proj_drop_rate": args.drop}
-    else:
-        own = {"drop_rate": args.drop}
-    return timm.create_model(args.model, num_classes=classes, drop_path_rate=args.drop_path, **own | kwargs)
+    fixed = cfg is None or cfg.fixed_input_size  # ours come without a cfg
+    rates = {"proj_drop_rate" if fixed else "drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    own = {name: rate for name, rate in rates.items() if rate} | ({"img_size": args.input_size} if fixed else {})
+    return timm.create_model(args.model, num_classes=classes, **own | kwargs)
 
 
 def resample_positions(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The state dict with position embeddings of another image size interpolated, bicubic without antialiasing."""
     weight, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
-    if weight is not None and own is not None and weight.shape[::2] == own.shape[::2]:
+    if weight is None or own is None or weight.shape == own.shape or not hasattr(model, "no_embed_class"):
+        return state
+    if weight.shape[::2] == own.shape[::2]:
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
         if math.isqrt(weight.shape[1] - prefix) ** 2 != weight.shape[1] - prefix:
             return state  # no square grid, so of a model with other prefix tokens

@@ -30,6 +30,7 @@ from common.data import check_classes, create_mixup, evaluation_loader, open_dat
 from common.dist import Process
 from common.engine import Trainer, Unreadable
 from common.log import Log
+from common.masking import PixelMask, TokenMask
 from common.recipe import Recipe, create_optimizer
 from common.resume import Start, fetch, plain, restore, resume_from
 from common.signals import Request
@@ -58,7 +59,7 @@ class Job:
     start: Start
     best: dict[str, float]  # "acc1" and its "epoch"; empty before the first
     request: Request = field(default_factory=Request)  # to stop
-    finished: bool = False
+    stopped: str | None = None  # the signal that asked to
 
 
 def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
@@ -88,6 +89,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(process.device).to(memory_format=memory_format)
     check_images(model, args, process.device)
+    check_mask(augsub, model, args)
     ema = None
     if args.model_ema and (training or source):
         ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
@@ -119,7 +121,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
     start = restore(recipe, args, source, trainer) if source else Start(args.start_epoch)
     folder = Path(args.output_dir) if training and args.output_dir else None
     log = open_folder(recipe, args, process, folder, start, updates)
-    for line in (*describe(args, process, trainer, classes, updates), *start.notes):
+    for line in (*describe(recipe, args, process, trainer, classes, updates), *start.notes):
         log.line(line)
     return Job(
         recipe=recipe,
@@ -165,6 +167,22 @@ def check_targets(args: argparse.Namespace, classes: int) -> None:
         )
 
 
+def check_mask(augsub: AugSub, model: nn.Module, args: argparse.Namespace) -> None:
+    """Refuses a mask that would hide nothing, since at least one block or token always stays.
+
+    Raises:
+        ValueError: saying what would do.
+    """
+    if args.augsub != "masking" or not args.augsub_ratio:
+        return
+    size = args.input_size
+    if augsub.drop in (TokenMask.name, PixelMask.name) and args.augsub_block >= size:
+        raise ValueError(f"--augsub-block {args.augsub_block} covers the whole image of {size} pixels, so that masking "
+                         f"hides nothing: --augsub-block {max(1, size // 4)} would do")  # fmt: skip
+    if getattr(getattr(model, "patch_embed", None), "num_patches", None) == 1:
+        raise ValueError(f"--input-size {size} is one patch of {args.model}, so masking would hide nothing")
+
+
 def create_model(recipe: Recipe, args: argparse.Namespace, classes: int) -> nn.Module:
     """The recipe's model.
 
@@ -173,8 +191,9 @@ def create_model(recipe: Recipe, args: argparse.Namespace, classes: int) -> nn.M
     """
     try:
         return recipe.create_model(args, classes)
-    except (AssertionError, RuntimeError, TypeError) as error:
-        raise ValueError(f"--model {args.model} cannot be made with these settings: {error}") from error
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--model {args.model} cannot be made with these settings: {reason}") from error
 
 
 @torch.no_grad()
@@ -260,10 +279,13 @@ def settings(args: argparse.Namespace, process: Process) -> dict[str, Any]:
     }
 
 
-def describe(args: argparse.Namespace, process: Process, trainer: Trainer, classes: int, updates: int) -> Iterator[str]:
+def describe(
+    recipe: Recipe, args: argparse.Namespace, process: Process, trainer: Trainer, classes: int, updates: int
+) -> Iterator[str]:
     """The lines a run opens with."""
     if args.data_set == DIGITS:
-        own = ", with a small model and settings of their own" if args.variant is None else ""
+        small = args.model == recipe.digits["model"]
+        own = ", with a small model and settings of their own" if small else ""
         yield f"data: scikit-learn's 1,797 handwritten digits, which stand in where no --data-path is given{own}"
     else:
         yield f"data: {args.data_set} {args.data_path or ''}, {classes} classes"

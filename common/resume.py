@@ -21,11 +21,26 @@ OPTIMIZER_SETTINGS = {"weight_decay", "betas", "eps", "momentum", "lr_scale"}
 
 
 def resume_from(args: argparse.Namespace) -> str:
-    """The checkpoint to go on from: `--resume`, or the one that an earlier start left in the output folder, or ""."""
-    if args.resume:
-        return fetch(args.resume)
+    """The checkpoint to go on from: the one that an earlier start of this command left in the output folder, or
+    `--resume`, or "".
+
+    Raises:
+        ValueError: the output folder holds another run than the one that `--resume` names, or there is nothing to
+            evaluate.
+    """
     own = Path(args.output_dir, checkpoint.LAST)
-    if args.output_dir and own.exists() and args.auto_resume:
+    there = bool(args.output_dir) and own.exists()
+    if args.resume:
+        named = fetch(args.resume)
+        if args.eval or not there or own.resolve() == Path(named).resolve():
+            return named
+        before = checkpoint.load(own).get("args")
+        if isinstance(before, dict) and before.get("resume") == args.resume:
+            return str(own)
+        if own.parent.resolve() != Path(named).parent.resolve():
+            raise ValueError(f"{args.output_dir} holds another run than {args.resume}: choose another --output-dir")
+        return named
+    if there and args.auto_resume:
         return str(own)
     if args.eval and not args.throughput and not args.finetune:
         raise ValueError("--eval needs weights: --resume or --finetune names a checkpoint, or --output-dir a run")
@@ -34,6 +49,8 @@ def resume_from(args: argparse.Namespace) -> str:
 
 def fetch(source: str) -> str:
     """A checkpoint's path; one behind an https:// address is downloaded first, to torch's cache."""
+    if source.startswith("http://"):
+        raise ValueError(f"{source}: only https:// addresses are fetched")
     if not source.startswith("https://"):
         return source
     address = hashlib.sha256(source.encode()).hexdigest()[:12]  # two places may have a file of the same name
@@ -82,7 +99,7 @@ def restore(recipe: Recipe, args: argparse.Namespace, source: str, trainer: Trai
     content = checkpoint.load(source)
     ours = {"best", "processes", "position"} <= content.keys() and isinstance(content.get("args"), dict)
     notes = []
-    if ours and not args.resume and not args.eval:
+    if ours and not args.eval and Path(source) == Path(args.output_dir, checkpoint.LAST) and source != args.resume:
         check_settings(args, content, source, trainer.process.world_size)
         if content["processes"] != trainer.process.world_size:
             notes = [f"begun on {content['processes']} and continued on {trainer.process.world_size} processes, the "
@@ -113,6 +130,8 @@ def restore(recipe: Recipe, args: argparse.Namespace, source: str, trainer: Trai
         raise ValueError(f"{source}: its optimizer state does not fit --opt {args.opt} ({error})") from error
     for group, given in zip(trainer.optimizer.param_groups, settings):
         group.update(given)  # a state dict brings the settings of its run too
+    if not isinstance(content["epoch"], int) or not isinstance(content["best"], dict):
+        raise ValueError(f"{source}: the file is damaged")
     start = Start(content["epoch"] + 1, content["best"])
     where = f"epoch {start.epoch + 1}"
     if content["position"] is not None:

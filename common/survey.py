@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -32,7 +34,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m common.augsub", description=__doc__)
     parser.add_argument("--list", nargs="?", const="*", metavar="PATTERN", required=True, help="such as 'swin*'")
     args = parser.parse_args()
-    pattern = args.list if any(sign in args.list for sign in "*?[") else f"*{args.list}*"
+    try:
+        print_list(parser, args.list)
+    except BrokenPipeError:  # whoever read the list has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.exit(141)
+
+
+def print_list(parser: argparse.ArgumentParser, asked: str) -> None:
+    """A line for each architecture, as it is known."""
+    pattern = asked if any(sign in asked for sign in "*?[") else f"*{asked}*"
     print(f"{'architecture':<44} {'masking by':<14} dropout  droppath")
     found = False
     for name, offered in survey(pattern):
@@ -43,4 +54,4 @@ def main() -> None:
         dropout, droppath = ("yes" if kind in offered else "-" for kind in COLUMNS[1:])
         print(f"{name:<44} {offered['masking']:<14} {dropout:<8} {droppath}", flush=True)
     if not found:
-        parser.exit(2, f"no timm architecture matches {args.list!r}\n")
+        parser.exit(2, f"no timm architecture matches {asked!r}\n")

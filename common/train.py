@@ -17,7 +17,7 @@ from timm.utils import distribute_bn
 
 from common import checkpoint, dist
 from common.args import parse
-from common.data import batches_of
+from common.data import NONE, batches_of
 from common.engine import Interrupted, Position, StopTraining, autocast, evaluate, train_one_epoch
 from common.log import CURVES, duration, entries
 from common.prepare import SETTINGS, Job, prepare
@@ -26,8 +26,9 @@ from common.resume import own_state, plain, set_own_state
 from common.signals import listening
 
 
-def run(recipe: Recipe, argv: Sequence[str] | None = None) -> bool:
-    """Trains, or evaluates with `--eval`, as the command line says → whether all is done, and not stopped on request.
+def run(recipe: Recipe, argv: Sequence[str] | None = None) -> str | None:
+    """Trains, or evaluates with `--eval`, as the command line says → None, or the signal that asked it to stop before
+    the end.
 
     Exits with status 2 and one sentence on bad input, and where training cannot go on.
     """
@@ -41,7 +42,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> bool:
             job.request = request
             with closing(job.log):
                 task_of(args)(job)
-            return job.finished
+            return job.stopped
         except ValueError as error:
             if job is not None:  # past the start it is no bad input
                 raise
@@ -49,14 +50,14 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> bool:
         except StopTraining as stop:
             leave(f"training stopped: {stop}", 2)
         except KeyboardInterrupt:
-            saved = job is not None and job.folder is not None
+            saved = job is not None and job.folder is not None and (job.folder / checkpoint.LAST).exists()
             leave("interrupted" + ("; the same command continues from the last checkpoint" if saved else ""), 130)
         except BrokenPipeError:  # whoever read the output has left, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
-        except RuntimeError:
-            if dist.another_left():  # what failed is the talk with it
-                raise SystemExit(2) from None
+            raise Leaving("", 141) from None
+        except Exception:
+            if not dist.is_first_to_leave():  # what fails here fails for want of another, whose traceback tells more
+                raise Leaving("", 2) from None
             raise
 
 
@@ -67,11 +68,20 @@ def task_of(args: argparse.Namespace) -> Callable[[Job], None]:
     return evaluate_only if args.eval else train
 
 
+class Leaving(SystemExit):
+    """The process ends with a status; the first of several has the sentence that says why."""
+
+    def __init__(self, sentence: str, status: int):
+        super().__init__(status)
+        self.sentence = sentence
+
+
 def leave(sentence: str, status: int) -> NoReturn:
     """Ends the process; the first of several says why."""
-    if dist.is_first_to_leave():
-        print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
-    raise SystemExit(status)
+    if not dist.is_first_to_leave():
+        raise Leaving("", status)
+    print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
+    raise Leaving(sentence, status)
 
 
 def train(job: Job) -> None:
@@ -113,7 +123,9 @@ def train(job: Job) -> None:
             return
         log.end_epoch()
         if job.process.world_size > 1 and args.dist_bn:
-            distribute_bn(job.model, job.process.world_size, reduce=args.dist_bn == "reduce")
+            averaged = [job.trainer.ema.module] if job.trainer.ema is not None else []
+            for model in [job.model, *averaged]:
+                distribute_bn(model, job.process.world_size, reduce=args.dist_bn == "reduce")
         results = evaluate_all(job)
         better = results["acc1"] > job.best.get("acc1", -1.0)
         if better:
@@ -134,7 +146,6 @@ def train(job: Job) -> None:
             return
     if job.recipe.summary:
         log.summary()  # where an earlier start was cut off before it
-    job.finished = True
     summarise(job, time.time() - began)
 
 
@@ -155,8 +166,8 @@ def pause(job: Job, epoch: int, position: Position | None = None) -> None:
                 save(job, epoch - 1, position, own)
             elif not saved:
                 save(job, epoch - 1)
-    dist.barrier()  # nobody leaves before the file is there
-    job.log.line(f"asked to stop ({job.request.by or 'on another process'}): stopped {where}; {again}")
+    job.stopped = next(name for name in dist.all_gather(job.request.by) if name is not None)
+    job.log.line(f"asked to stop ({job.stopped}): stopped {where}; {again}")
 
 
 def save(job: Job, epoch: int, position: Position | None = None, own: list[dict[str, Any]] | None = None) -> None:
@@ -196,7 +207,8 @@ def keep(job: Job, epoch: int) -> None:
         if job.args.checkpoint_hist:
             checkpoint.keep_as(last, job.folder / f"checkpoint-{epoch}.pth")
             accuracy = {entry["epoch"]: entry["test_acc1"] for entry in entries(job.folder)}
-            kept = sorted(job.folder.glob("checkpoint-*.pth"), key=lambda path: accuracy.get(int(path.stem[11:]), -1.0))
+            numbered = [path for path in job.folder.glob("checkpoint-*.pth") if path.stem[11:].isdigit()]
+            kept = sorted(numbered, key=lambda path: accuracy.get(int(path.stem[11:]), -1.0))
             for path in kept[: -job.args.checkpoint_hist]:
                 path.unlink()
     except OSError as error:
@@ -210,7 +222,7 @@ def summarise(job: Job, seconds: float) -> None:
                      f"trained in {duration(seconds)}")  # fmt: skip
     if job.folder is not None:
         job.log.line(f"checkpoints, log.txt and {SETTINGS} in {job.folder}; curves: tensorboard --logdir "
-                     f"{job.folder / CURVES}")  # fmt: skip
+                     f"{job.args.log_dir or job.folder / CURVES}")  # fmt: skip
 
 
 def evaluate_only(job: Job) -> None:
@@ -219,7 +231,6 @@ def evaluate_only(job: Job) -> None:
     lost = len(job.unreadable_val.known)
     images = f"{int(results['images'])} of {int(results['images']) + lost}" if lost else f"{int(results['images'])}"
     job.log.line(f"{images} images: {accuracies(results)}  loss {results['loss']:.4f}")
-    job.finished = True
 
 
 def evaluate_all(job: Job) -> dict[str, float]:
@@ -241,7 +252,10 @@ def accuracies(results: dict[str, float]) -> str:
 
 def measure_throughput(job: Job, warmup: int = 50, rounds: int = 30) -> None:
     """Prints images/s of the model in evaluation on one batch, the mean of 30 passes after 50."""
-    images = next(iter(job.val_loader))[0].to(job.process.device, memory_format=job.trainer.memory_format)
+    images, labels, _ = next(iter(job.val_loader))
+    images = images[labels != NONE].to(job.process.device, memory_format=job.trainer.memory_format)
+    if not len(images):
+        raise StopTraining("not one image of the first evaluation batch could be read")
     job.model.eval()
     with torch.no_grad(), autocast(job.process.device, job.trainer.autocast):
         for left in range(warmup + rounds, 0, -1):
@@ -252,7 +266,6 @@ def measure_throughput(job: Job, warmup: int = 50, rounds: int = 30) -> None:
     synchronise(job.process.device)
     seconds = time.perf_counter() - start
     job.log.line(f"throughput: {rounds * len(images) / seconds:.1f} images/s in batches of {len(images)}")
-    job.finished = True
 
 
 def synchronise(device: torch.device) -> None:

@@ -52,8 +52,9 @@ for _name, _shape in SHAPES.items():
 
 def adapt_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Upstream's names → timm's (`gamma_1` → `ls1.gamma`), with positions of another image size interpolated."""
+    own = model.state_dict()
     renamed = {
-        name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): weight
+        name if name in own else name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): weight
         for name, weight in state.items()
     }
     return resample_positions(renamed, model)

@@ -17,7 +17,6 @@ PRETRAIN = {
     "smoothing": 0.0,
     "reprob": 0.0,
     "opt": "fusedlamb",
-    "color_jitter": 0.3,
     "unscale_lr": True,
     "bce_loss": True,
     "ThreeAugment": True,
@@ -39,19 +38,19 @@ BASE = PRETRAIN | {"model": "deit_base_patch16_LS", "batch_size": 256, "lr": 3e-
 LARGE = PRETRAIN | {"model": "deit_large_patch16_LS", "batch_size": 32, "lr": 3e-3, "input_size": 192}
 HUGE = PRETRAIN | {"model": "deit_huge_patch14_LS", "batch_size": 32, "lr": 3e-3, "input_size": 160}
 SHORT = {"epochs": 400, "weight_decay": 0.03}
-LONG = {"epochs": 800, "weight_decay": 0.05}
+LONG = {"epochs": 800}
 
 # Batches are per process: 8 processes for small and base, 64 for large and huge.
 VARIANTS = {
     "small_400": SMALL | SHORT | {"drop_path": 0.0},
     "small_800": SMALL | LONG | {"drop_path": 0.05},
-    "base_400": BASE | SHORT | {"drop_path": 0.1},
+    "base_400": BASE | SHORT,
     "base_800": BASE | LONG | {"drop_path": 0.2},
     "large_400": LARGE | SHORT | {"drop_path": 0.4},
     "large_800": LARGE | LONG | {"drop_path": 0.45},
     "huge_400": HUGE | SHORT | {"drop_path": 0.5},
     "huge_800": HUGE | LONG | {"drop_path": 0.6},
-    "base_finetune": FINETUNE | {"model": "deit_base_patch16_LS", "batch_size": 64, "drop_path": 0.2},
+    "base_finetune": FINETUNE | {"model": "deit_base_patch16_LS", "drop_path": 0.2},
     "large_finetune": FINETUNE | {"model": "deit_large_patch16_LS", "batch_size": 8, "drop_path": 0.45},
     "huge_finetune": FINETUNE | {"model": "deit_huge_patch14_LS", "batch_size": 8, "drop_path": 0.55},
 }
@@ -61,7 +60,6 @@ DIGITS = {
     "model": "deit_pico_patch8_LS",
     "input_size": 32,
     "epochs": 80,
-    "batch_size": 64,
     "opt": "fusedlamb",
     "opt_eps": 1e-6,
     "lr": 1.6e-2,

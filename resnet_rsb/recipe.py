@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from common.models import create_timm_model
 from common.recipe import Recipe
@@ -12,6 +13,8 @@ PAPER = {
     "opt": "lamb",
     "lr": 5e-3,
     "weight_decay": 0.02,
+    "warmup_epochs": 5,
+    "cooldown_epochs": 0,
     "smoothing": 0.0,
     "drop_path": 0.05,
     "aug_repeats": 3,
@@ -36,7 +39,6 @@ DIGITS = {
     "lr": 8e-3,
     "weight_decay": 0.02,
     "warmup_epochs": 2,
-    "drop_path": 0.0,
     "smoothing": 0.0,
     "bce_loss": True,
     "color_jitter": 0.0,
@@ -71,15 +73,23 @@ RECIPE = Recipe(
     about="ResNet strikes back: ResNets, or any timm model, plain or with AugSub.",
     defaults={
         "model": "resnet50",
+        "batch_size": 128,
+        "opt": "sgd",
+        "opt_eps": None,  # the optimizer's own
+        "weight_decay": 2e-5,
         "lr": 5e-2,
         "warmup_lr": 1e-4,
         "min_lr": 1e-6,
+        "warmup_epochs": 3,
+        "cooldown_epochs": 10,
+        "decay_epochs": 100,
+        "model_ema_decay": 0.9998,
         "reprob": 0.0,
         "drop_path": 0.0,
         "aa": None,
         "train_interpolation": "random",
         "color_jitter": 0.4,
-        "num_workers": 4,
+        "num_workers": min(4, os.cpu_count() or 1),
         "seed": 42,
     },
     variants=VARIANTS,

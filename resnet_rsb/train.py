@@ -8,10 +8,12 @@ Recipe: Wightman et al., "ResNet strikes back", arXiv 2110.00476; AugSub: arXiv 
 minutes.
 """
 
+import signal
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the imports, which take seconds, without a traceback
 
 from common.train import run  # noqa: E402
 from resnet_rsb.recipe import RECIPE  # noqa: E402

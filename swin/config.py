@@ -99,18 +99,21 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
         path = find(args.cfg)
         try:
             content = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
             raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, Mapping):
             raise ValueError(f"{path} holds no settings: MODEL: … is expected")
-        settings |= dict(setting(key, value, str(path)) for key, value in flat(content))
+        try:
+            settings |= dict(setting(key, value, str(path)) for key, value in flat(content))
+        except RecursionError as error:
+            raise ValueError(f"{path} holds itself") from error
     if args.opts:
         if len(args.opts) % 2:
             raise ValueError(f"--opts takes pairs of KEY VALUE, and {args.opts[-1]!r} has no value")
         for key, text in zip(args.opts[::2], args.opts[1::2]):
             try:
                 value = yaml.safe_load(text)
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, ValueError) as error:
                 raise ValueError(f"--opts: {key} cannot be {text!r}, which is not YAML") from error
             settings |= [setting(key, value, "--opts")]
     return {name: value for name, value in settings.items() if name is not None}
@@ -140,7 +143,7 @@ def setting(key: str, value: Any, source: str) -> tuple[str | None, Any]:
         raise ValueError(f"{source}: unknown key {key}" + (f": did you mean {close[0]}?" if close else ""))
     name, kind = KEYS[key]
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # YAML takes 5e-4 for a string
     if key in NULLABLE and value in ("", "none", None):
         return name, NULLABLE[key]

@@ -13,6 +13,8 @@ from torch import nn
 from common.recipe import Recipe, update_schedule
 from swin import config
 
+MODEL = "swin_tiny_patch4_window7_224"
+
 
 def row(name: str) -> dict[str, Any]:
     """A row of the table is its configuration file, at the paper's batch of 8 processes x 128 images."""
@@ -112,6 +114,15 @@ def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
     return model
 
 
+def from_files(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `--cfg` and `--opts`, which alone give a Swin its shape and name."""
+    if args.model != MODEL:
+        raise ValueError(
+            f"--model {args.model}: --cfg or --variant says which Swin, --opts MODEL.SWIN.DEPTHS … its shape"
+        )
+    return config.read(args)
+
+
 def scale_lr(args: argparse.Namespace, global_batch: int) -> argparse.Namespace:
     """All three rates are stated for 512 images a step."""
     scaled = {name: getattr(args, name) * global_batch / 512 for name in ("lr", "warmup_lr", "min_lr")}
@@ -122,7 +133,7 @@ RECIPE = Recipe(
     name="swin",
     about="Training of Swin transformers, plain or with AugSub.",
     defaults={
-        "model": "swin_tiny_patch4_window7_224",
+        "model": MODEL,
         "batch_size": 128,
         "warmup_epochs": 20,
         "warmup_lr": 5e-7,
@@ -132,7 +143,7 @@ RECIPE = Recipe(
         "color_jitter": 0.4,
         "mixup": 0.8,
         "cutmix": 1.0,
-        "num_workers": 8,
+        "num_workers": min(8, os.cpu_count() or 1),
         "output_dir": "output",
         "log_interval": 10,
     },
@@ -141,7 +152,7 @@ RECIPE = Recipe(
     create_model=create_model,
     add_flags=add_flags,
     check=check,
-    from_files=config.read,
+    from_files=from_files,
     adapt_weights=checkpoint_filter_fn,
     scale_lr=scale_lr,
     schedule=partial(update_schedule, prefix=False),

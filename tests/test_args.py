@@ -146,7 +146,7 @@ REFUSED = [
     (["--augsub", "masks"], "argument --augsub: invalid choice: 'masks'"),
     (["--augsub-ratio", "1.0"], "--augsub-ratio 1.0 is outside [0, 1)"),
     (["--augsub-ratio=-0.1"], "--augsub-ratio -0.1 is outside [0, 1)"),
-    (["--augsub_ratio", "nan"], "--augsub-ratio nan is outside [0, 1)"),
+    (["--augsub_ratio", "nan"], "--augsub-ratio nan: a finite number is needed"),
     (["--drop", "1"], "--drop 1.0 is outside [0, 1)"),
     (["--drop-path", "-0.5"], "--drop-path -0.5 is outside [0, 1)"),
     (["--reprob", "2"], "--reprob 2.0 is outside [0, 1]"),
@@ -205,4 +205,4 @@ def test_one_process_speaks_of_bad_input(capsys, monkeypatch):
 
 def test_an_empty_data_path_is_a_mistake_of_a_script(capsys):
     """As --data-path "$IMAGENET" is, where nobody has set IMAGENET."""
-    assert "--data-path" in refusal(["--data-path", ""], capsys)
+    assert 'the data path is ""' in refusal(["--data-path", ""], capsys)

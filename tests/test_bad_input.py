@@ -97,7 +97,7 @@ def test_bad_input_ends_before_training(jpegs, tmp_path, capsys, monkeypatch):
     assert "--eval needs weights" in refused(capsys, *data, "--eval")
     assert "--opt adamq: timm could not make" in refused(capsys, *data, "--opt", "adamq")
     assert "cosin" in refused(capsys, *data, "--sched", "cosin")
-    assert "unknown device 'gpu': use cuda or cpu" in refused(capsys, *data, "--device", "gpu")
+    assert "--device gpu: unknown, use cuda or cpu" in refused(capsys, *data, "--device", "gpu")
     assert "there is no such checkpoint" in refused(capsys, *data, "--resume", "none.pth")
     assert "there is no such checkpoint" in refused(capsys, *data, "--finetune", "none.pth")
     assert "--nb-classes 1: the data set has 2 classes" in refused(capsys, *data, "--nb-classes", "1")
@@ -124,7 +124,10 @@ UNUSABLE = [
     ["--opt-betas", "0.9"], ["--aa", "rnad-m9"], ["--aa", "rand-x9"], ["--train-interpolation", "cubic"],
     ["--remode", "pixels", "--reprob", "0.5"], ["--cutmix-minmax", "0.5"], ["--cutmix-minmax", "0.8", "0.2"],
     ["--ratio", "0", "0"], ["--input-size", "4"], ["--start-epoch", "-1"], ["--decay-epochs", "0", "--sched", "step"],
-    ["--bce-loss", "--smoothing", "0.1"], ["--opt-betas", "0.9", "1.0"], ["--scale", "1", "0.5"], ["--lr", "nan"],
+    ["--bce-loss", "--smoothing", "0.1"], ["--opt-betas", "0.9", "1.0"], ["--scale", "1", "0.5"], ["--lr", "nan"], ["--lr", "inf"], ["--scale", "0.5", "inf"],
+    ["--ratio", "1", "inf"], ["--seed", "99999999999999999999"], ["--opt", "adahessian"], ["--device", "cpu:abc"],
+    ["--augsub-block", "32", "--augsub", "masking", "--model", "resnet10t"], ["--input-size", "8", "--augsub", "masking"],
+    ["--opt-eps", "0"], ["--lr-noise", "0.1", "0.2", "0.3"],
 ]  # fmt: skip
 
 

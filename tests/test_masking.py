@@ -33,7 +33,7 @@ def test_every_image_has_its_own_blocks_and_every_block_its_turn():
     assert torch.corrcoef(mask.flatten(1).float().T).fill_diagonal_(0).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("grid", [(50, 37), (7, 7), (33, 64)])
+@pytest.mark.parametrize("grid", [(50, 37), (7, 12), (33, 64)])
 def test_odd_sizes_get_partial_blocks_and_the_right_share_on_average(grid):
     torch.manual_seed(0)
     mask = block_mask(3000, grid, (8, 8), 0.5)
@@ -41,6 +41,13 @@ def test_odd_sizes_get_partial_blocks_and_the_right_share_on_average(grid):
     n = -(-grid[0] // 8) * -(-grid[1] // 8)
     expected = (n - max(1, int(n * 0.5))) / n
     assert abs(mask.float().mean().item() - expected) < 0.02
+
+
+def test_a_block_that_covers_the_whole_grid_is_refused():
+    """It would be the one that stays."""
+    with pytest.raises(ValueError, match="nothing can be hidden"):
+        block_mask(1, (7, 7), (8, 8), 0.5)
+    assert not block_mask(1, (7, 7), (8, 8), 0.0).any()
 
 
 def test_mask_token_takes_the_place_of_whole_blocks_after_the_patch_embedding():

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from common import checkpoint, resume
+from deit.recipe import RECIPE
 from tests.conftest import ROOT, command, environment, run, shard_flags
 from tests.runs import (
     FLAGS,
@@ -21,6 +22,7 @@ from tests.runs import (
     differences,
     final,
     interrupt_epoch,
+    log_of,
     refused,
     start,
     stop_after,
@@ -62,17 +64,43 @@ def test_other_settings_in_its_folder_are_refused(continued, capsys):
     assert "all 2 epochs" in capsys.readouterr().out, "what does not change the result may change"
 
 
-def test_a_run_continues_from_a_file_that_is_named(finished, tmp_path, capsys):
-    """One epoch of one run, and the second of another, are the run that was left alone."""
+def test_a_run_continues_from_a_file_that_is_named(finished, tmp_path, capsys, monkeypatch):
+    """One epoch of one run, and the second in another folder, are the run that was left alone; also when the second
+    start is cut off and made again."""
     flags, out, _ = finished
     start(*flags, "--epochs", "1", "--output-dir", str(tmp_path / "first"))
-    shutil.copytree(tmp_path / "first", tmp_path / "second")
     capsys.readouterr()
     named = str(tmp_path / "first" / "checkpoint.pth")
-    start(*flags, "--resume", named, "--output-dir", str(tmp_path / "second"))
+    flags = [*flags, "--resume", named, "--output-dir", str(tmp_path / "second")]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        start(*flags)
     assert f"continuing at epoch 2 from {named}" in capsys.readouterr().out
-    assert_same_bits(tmp_path / "second", out)
+    start(*flags)
+    assert f"continuing at epoch 2, after step 2, from {tmp_path / 'second'}" in capsys.readouterr().out
+    assert not differences(
+        *({k: v for k, v in final(folder).items() if k != "args"} for folder in (tmp_path / "second", out))
+    )
+    assert log_of(tmp_path / "second") == log_of(out)[1:]
     assert final(tmp_path / "first")["epoch"] == 0, "the file that was named is left alone"
+
+
+def test_another_runs_folder_is_not_gone_on_in(continued, finished, capsys):
+    flags, out = continued
+    before = (out / "log.txt").read_bytes()
+    error = refused(capsys, *flags, "--resume", str(finished[1] / "checkpoint.pth"))
+    assert f"{out} holds another run than {finished[1]}/checkpoint.pth: choose another --output-dir" in error
+    assert (out / "log.txt").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "beit_base_patch16_224", "pit_ti_224", "hiera_tiny_224"])
+def test_a_model_of_timms_takes_its_own_weights_back(name):
+    """Also where its names or positions look like those of upstream's."""
+    small = {"cait_xxs24_224": {"depth": 2}, "beit_base_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 2}}
+    model = timm.create_model(name, **small.get(name, {}))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    checkpoint.load_weights(model, "x", RECIPE.adapt_weights, content={"model": state})
+    assert not differences(dict(model.state_dict()), state)
 
 
 def test_a_run_of_upstreams_continues_with_its_weights(finished, tmp_path, capsys):
@@ -266,7 +294,7 @@ run(RECIPE)
             )
             assert done.returncode == 0, done.stderr
             if way == "stop":
-                assert "asked to stop (on another process): stopped after step 4 of 8 in epoch 2" in done.stdout
+                assert "asked to stop (SIGUSR2): stopped after step 4 of 8 in epoch 2" in done.stdout
     a, b = final(tmp_path / "undisturbed"), final(tmp_path / "stopped")
     assert a.pop("args").keys() == b.pop("args").keys() and not differences(a, b)
     assert (tmp_path / "undisturbed" / "log.txt").read_text() == (tmp_path / "stopped" / "log.txt").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_variant_is_upstreams_command_line(name, tmp_path, monkeypatch):
 
 def test_upstreams_defaults():
     args = parse(RECIPE, DATA)
-    expected = {"batch_size": 128, "input_size": 224, "train_interpolation": "bicubic", "num_workers": 8, "drop": 0.0,
+    expected = {"batch_size": 128, "input_size": 224, "train_interpolation": "bicubic", "num_workers": min(8, os.cpu_count() or 1), "drop": 0.0,
                 "drop_path": 0.1, "smoothing": 0.1, "epochs": 300, "warmup_epochs": 20, "weight_decay": 0.05,
                 "lr": 5e-4, "warmup_lr": 5e-7, "min_lr": 5e-6, "clip_grad": 5.0, "auto_resume": True, "accum_iter": 1,
                 "sched": "cosine", "opt": "adamw", "opt_eps": 1e-8, "opt_betas": [0.9, 0.999], "color_jitter": 0.4,
@@ -229,7 +230,7 @@ def test_ours_loads_into_stock_timm_and_resumes_with_the_mask_token(tmp_path, ca
     token = content["mask_tokens"]["model"]
     assert torch.equal(stock.state_dict()["norm.weight"], content["model"]["norm.weight"])
     resumed = train.prepare(RECIPE, parse(RECIPE, flags), Process(torch.device("cpu")))
-    assert resumed.epoch == 1 and torch.equal(resumed.model.mask_token, token)
+    assert resumed.start.epoch == 1 and torch.equal(resumed.model.mask_token, token)
 
 
 def test_throughput_is_printed_and_nothing_written(tmp_path, monkeypatch, capsys):
