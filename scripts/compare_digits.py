@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     """Runs what is missing and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("entry", help="entry point, e.g. deit/main.py")
     parser.add_argument("--augsub", nargs="+", default=["none", "masking"])
     parser.add_argument("--seeds", type=int, default=5)
@@ -55,7 +57,8 @@ def measure(
     """One run → the last epoch's training loss and test accuracy, and the seconds it took."""
     folder = parent / f"{kind}-{seed}"
     took = folder / "seconds.json"
-    if not took.exists():
+    settings = [entry, *flags]
+    if not took.exists() or json.loads(took.read_text())["settings"] != settings:
         shutil.rmtree(folder, ignore_errors=True)  # a run that was cut off would be timed in part
         start = time.time()
         command = [
@@ -71,11 +74,11 @@ def measure(
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-        took.write_text(json.dumps(time.time() - start))
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+        took.write_text(json.dumps({"seconds": time.time() - start, "settings": settings}))
     (log,) = folder.rglob("log.txt")  # the Swin recipe makes folders of its own in it
     last = json.loads(log.read_text().splitlines()[-1])
-    return last["train_loss"], last["test_acc1"], json.loads(took.read_text())
+    return last["train_loss"], last["test_acc1"], json.loads(took.read_text())["seconds"]
 
 
 def spread(values: tuple[float, ...], digits: int) -> str:

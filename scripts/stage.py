@@ -1,0 +1,151 @@
+"""One run as a job: does it, and writes down where it stands.
+
+    torchrun --standalone --nproc-per-node 2 scripts/stage.py output/table/deit/small_400-masking/train
+
+The folder holds job.json (what to run), status.json (where it stands) and the run's own checkpoints and logs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1]) if __name__ == "__main__" else sys.path[0]
+
+import torch  # noqa: E402
+
+from common import checkpoint  # noqa: E402
+from common.dist import is_main_before_start  # noqa: E402
+from common.train import Leaving, run  # noqa: E402
+
+JOB, STATUS = "job.json", "status.json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON file's content; nothing where there is none."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file, complete or not at all."""
+    with checkpoint.replacing(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def update_status(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Changes the status of a job's folder: `state` is queued, running, stopped, requeued, done or failed."""
+    status = read(folder / STATUS) | changes | {"time": time.time()}
+    write(folder / STATUS, status)
+    return status
+
+
+def carry_out(folder: Path) -> str | None:
+    """Runs what the folder says → None if it is done, or the signal on whose request it stopped before.
+
+    Raises:
+        SystemExit, Exception: the run failed; the status says why.
+    """
+    job = read(folder / JOB)
+    recipe = importlib.import_module(f"{Path(job['entry']).parent}.recipe").RECIPE
+    if is_main_before_start():
+        begin(folder, job["most_idle_starts"])
+    sys.argv = [job["entry"], *job["flags"]]
+    try:
+        stopped = run(recipe, job["flags"])
+    except Leaving as leaving:
+        if leaving.sentence:  # the first of all processes to leave
+            update_status(folder, state="failed", reason=leaving.sentence)
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        update_status(folder, state="failed", reason=f"out of memory: {' '.join(str(error).split())[:200]}")
+        raise
+    except Exception as error:
+        update_status(folder, state="failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        raise
+    if is_main_before_start():
+        update_status(folder, state="stopped" if stopped else "done", reason=f"by {stopped}" if stopped else "")
+    return stopped
+
+
+def begin(folder: Path, most_idle_starts: int) -> None:
+    """Counts a start, and how many there were since the checkpoint last moved on.
+
+    Raises:
+        Leaving: too many.
+    """
+    status = read(folder / STATUS)
+    files = list(folder.rglob(checkpoint.LAST))  # the Swin recipe makes folders of its own in it
+    saved = max((file.stat().st_mtime_ns for file in files), default=0)
+    idle = status.get("idle", -1) + 1 if status.get("saved", saved) == saved else 0
+    starts = status.get("starts", 0) + 1
+    update_status(folder, state="running", reason="", starts=starts, saved=saved, idle=idle, began=time.time())
+    if idle > most_idle_starts:
+        sentence = f"no progress in {idle} starts, so it is not started again"
+        update_status(folder, state="failed", reason=sentence)
+        raise Leaving(sentence, 2)
+
+
+class Queued:
+    """What Slurm runs in each task of a job, through submitit: a process of the run in `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self) -> None:
+        meet()
+        stopped = carry_out(self.folder)
+        if stopped == "SIGUSR2":  # ahead of a time limit or a preemption; who cancels a job sends SIGTERM
+            requeue(self.folder)
+
+
+def meet() -> None:
+    """Tells the processes of a job where to meet, at a place of its own for each start."""
+    job, starts = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    names = slurm("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    node = slurm("scontrol", "--oneliner", "show", "node", names[0])
+    address = dict(word.split("=", 1) for word in node.split() if "=" in word).get("NodeAddr", names[0])
+    os.environ |= {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(20_000 + (job * 64 + starts) % 12_000),  # below the ports that systems give out themselves
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": os.environ["SLURM_NTASKS"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+    }
+
+
+def requeue(folder: Path) -> None:
+    """Puts this job back into the queue, which ends it; the process waits for that."""
+    if is_main_before_start():
+        update_status(folder, state="requeued", reason="")
+        slurm("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+    time.sleep(300)
+    raise RuntimeError("Slurm did not end the job that was to be requeued")
+
+
+def slurm(*command: str) -> str:
+    """What a command of Slurm's prints.
+
+    Raises:
+        ValueError: it fails; in Slurm's own words.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{command[0]}: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
+    if not (place / JOB).exists():
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {place} holds no {JOB}: scripts/submit.py makes such a folder")
+    sys.exit(3 if carry_out(place) else 0)

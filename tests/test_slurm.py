@@ -1,0 +1,216 @@
+"""The launcher on a real Slurm of two nodes: jobs that wait for each other, that are cut off and go on, that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import checkpoint
+from scripts.submit import queue, state_of
+from tests.cluster import cluster, missing, wait_for
+from tests.conftest import ROOT, command, environment, make_jpegs
+from tests.runs import FLAGS, assert_same_bits, log_of
+
+CLUSTER = ["--cpu", "--gpus-per-node", "1"]
+LONG = ["--log-interval", "1", "--epochs", "40", "--augsub", "masking", "--drop-path", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    reason = missing()
+    if reason and os.environ.get("AUGSUB_TEST_SLURM") == "required":
+        pytest.fail(f"the tests on Slurm must run here: {reason}")
+    if reason:
+        pytest.skip(reason)
+    with cluster() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_jpegs(tmp_path_factory.mktemp("slurm") / "images", train=128, val=4)
+
+
+def call(script: str, *words: str, cwd: Path = ROOT, status: int = 0) -> str:
+    """What a script prints; what it complains of, where it is to fail."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / script), *words],
+        cwd=cwd, capture_output=True, text=True, env=environment(), timeout=240,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stderr if status else done.stdout
+
+
+def submit(out: Path, images: Path, *flags: str, cluster: tuple[str, ...] = (), status: int = 0) -> str:
+    flags = (*FLAGS, "--data-path", str(images), "--output-dir", str(out), *flags)
+    return call("submit.py", "deit", *CLUSTER, *cluster, "--", *flags, status=status)
+
+
+def status_of(out: Path) -> dict:
+    return json.loads((out / "status.json").read_text())
+
+
+def ended(out: Path, state: str = "done", seconds: float = 120) -> dict:
+    """Waits for a job's end → its status."""
+
+    def look():
+        status = status_of(out)
+        return status if status["state"] in ("done", "failed", "stopped") and not in_queue(status["job"]) else None
+
+    status = wait_for(look, seconds, f"the end of {out.name}")
+    assert status["state"] == state, (status, said(out))
+    return status
+
+
+def squeue(job: str, what: str) -> str:
+    done = subprocess.run(["squeue", "--noheader", "--jobs", job, f"--format={what}"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def in_queue(job: str) -> bool:
+    return bool(squeue(job, "%i"))
+
+
+def said(out: Path) -> str:
+    """What the processes of a job printed."""
+    return "".join(path.read_text() for path in sorted((out / "slurm").glob("*_log.out")))
+
+
+def begun(out: Path, epoch: int = 1, seconds: float = 60) -> None:
+    """Waits until a job is in the middle of an epoch."""
+    wait_for(lambda: f"epoch {epoch}/40  step 3/" in said(out), seconds, f"epoch {epoch} of {out.name}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images, tmp_path_factory):
+    """A run on this machine, without Slurm."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = subprocess.run(
+        command(*FLAGS, *LONG, "--data-path", str(images), "--output-dir", str(out)),
+        capture_output=True, text=True, env=environment(), timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_two_nodes_train_as_one_with_two_processes(slurm, images, tmp_path):
+    flags = ["--augsub", "masking", "--batch-size", "16"]
+    said_of = submit(tmp_path / "two", images, *flags, cluster=("--nodes", "2"))
+    assert "submitted as job" in said_of
+    ended(tmp_path / "two")
+    assert "2 processes on cpu" in said(tmp_path / "two")
+    one = subprocess.run(
+        command(*FLAGS, "--data-path", str(images), "--output-dir", str(tmp_path / "one"), *flags, processes=2),
+        capture_output=True, text=True, env=environment(), timeout=240,
+    )  # fmt: skip
+    assert one.returncode == 0, one.stderr
+    assert_same_bits(tmp_path / "two", tmp_path / "one")
+    assert "done, so nothing is submitted" in submit(tmp_path / "two", images, *flags, cluster=("--nodes", "2"))
+
+
+def start_at_once(job: str) -> None:
+    """Slurm lets two minutes pass before it starts a requeued job, for the sake of the nodes."""
+    wait_for(lambda: "PENDING" in squeue(job, "%T"), 60, f"job {job} in the queue")
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+
+
+def test_a_job_that_is_requeued_ends_with_the_same_bits(slurm, images, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    submit(out, images, *LONG)
+    begun(out, epoch=2)
+    assert "running, so nothing is submitted" in submit(out, images, *LONG)
+    job = status_of(out)["job"]
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    start_at_once(job)
+    status = ended(out)
+    assert status["starts"] == 2
+    assert "asked to stop (SIGTERM): stopped after step" in said(out) and "continuing at epoch" in said(out)
+    assert_same_bits(out, undisturbed)
+
+
+def test_a_job_that_its_time_limit_ends_requeues_itself_and_ends_with_the_same_bits(slurm, images, tmp_path):
+    """Slurm's signal comes up to a minute earlier than it is asked for."""
+    out, flags = tmp_path / "out", [*LONG, "--epochs", "140"]
+    submit(out, images, *flags, cluster=("--time", "2", "--signal-before", "30"))
+    local = subprocess.Popen(
+        command(*FLAGS, *flags, "--data-path", str(images), "--output-dir", str(tmp_path / "undisturbed")),
+        stdout=subprocess.DEVNULL, env=environment(),
+    )  # fmt: skip
+    wait_for(lambda: status_of(out)["state"] == "requeued", 130, "the time limit")
+    assert "requeued, so nothing is submitted" in submit(out, images, *flags)
+    start_at_once(status_of(out)["job"])
+    status = ended(out, seconds=240)
+    assert status["starts"] >= 2
+    assert "asked to stop (SIGUSR2): stopped after step" in said(out)
+    assert local.wait(240) == 0
+    assert_same_bits(out, tmp_path / "undisturbed")
+
+
+def test_a_killed_node_is_no_bug_and_a_second_call_goes_on(slurm, images, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    submit(out, images, *LONG)
+    begun(out, epoch=3)
+    subprocess.run(["pkill", "-KILL", "--full", f"submitit.core._submit {out}/slurm"], check=True)
+    wait_for(lambda: not in_queue(status_of(out)["job"]), 60, "the job's end")
+    assert status_of(out)["state"] == "running", "it had no time to say anything"
+    assert state_of(out, queue()) == ("failed", "it ended without a word, as by a failing node or a full memory")
+    assert "submitted as job" in submit(out, images, *LONG)
+    ended(out)
+    assert_same_bits(out, undisturbed)
+
+
+def test_a_run_that_fails_is_not_started_again(slurm, images, tmp_path):
+    out = tmp_path / "out"
+    submit(out, images, "--unscale-lr", "--lr", "1e36", "--warmup-lr", "1e36", "--min-lr", "1e36")
+    status = ended(out, "failed")
+    assert "training stopped: the loss was not finite at step" in status["reason"]
+    assert status["starts"] == 1
+
+
+def test_starts_without_progress_come_to_an_end(images, tmp_path):
+    """Killed three times before a first checkpoint; without Slurm, which would start such a job again and again."""
+    out = tmp_path / "out"
+    out.mkdir()
+    flags = [*FLAGS, "--data-path", str(images), "--output-dir", str(out)]
+    (out / "job.json").write_text(json.dumps({"entry": "deit/main.py", "flags": flags, "most_idle_starts": 2}))
+    stage = [sys.executable, str(ROOT / "scripts" / "stage.py"), str(out)]
+    for _ in range(3):
+        process = subprocess.Popen(stage, stdout=subprocess.PIPE, text=True, env=environment())
+        assert process.stdout is not None and any("training: 2 epochs" in line for line in process.stdout)
+        process.kill()
+        process.communicate()
+    done = subprocess.run(stage, capture_output=True, text=True, env=environment())
+    assert done.returncode == 2
+    status = status_of(out)
+    assert (status["state"], status["starts"]) == ("failed", 4)
+    assert status["reason"] == "no progress in 3 starts, so it is not started again"
+
+
+def test_a_table_of_two_stages(slurm, tmp_path):
+    """The mini table's chain: the second stage waits for the first, a failing row does not hold up the others."""
+    words = ["--mini", "deit/digits", "resnet_rsb/digits", "--augsub", "masking", "--output", str(tmp_path)]
+    said_of = call("reproduce.py", *words, "--append", "--epochs", "1")
+    first, second, third = (line for line in said_of.splitlines() if "submitted as job" in line)
+    job = first.rpartition(" ")[2]
+    assert second.endswith(f"after job {job}") and "after" not in third
+    for stage in ("deit/digits-masking/pretrain", "deit/digits-masking/finetune", "resnet_rsb/digits-masking/train"):
+        assert f"{stage}: done" in said_of
+    folder = tmp_path / "deit" / "digits-masking--epochs-1"
+    assert not folder.exists()
+    folder = tmp_path / "deit" / "digits-masking-epochs-1"
+    assert log_of(folder / "finetune")[0]["epoch"] == 0
+    again = call("reproduce.py", *words, "--append", "--epochs", "1")
+    assert "submitted" not in again
+    weights = checkpoint.load(folder / "finetune" / "args.json".replace("args.json", "checkpoint.pth"))
+    assert weights["args"]["finetune"] == str(folder / "pretrain" / "checkpoint.pth")
+
+
+def test_slurms_own_words_are_told(slurm, images, tmp_path):
+    error = submit(tmp_path / "out", images, cluster=("--partition", "none"), status=2)
+    assert "submit.py: error: Slurm refuses augsub-deit: " in error and "invalid partition specified" in error
+    assert error.count("\n") == 1

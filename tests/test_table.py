@@ -1,0 +1,228 @@
+"""The table's rows, what they run and cost, and the launcher without Slurm."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from common.args import parse
+from scripts import collect, reproduce
+from scripts.plan import cost
+from scripts.reproduce import create_parser, tasks_of
+from scripts.submit import minutes, output_folder, state_of
+from scripts.table import MINI, RECIPES, ROWS, Stage, fit, select
+from tests.conftest import ROOT
+
+
+def tasks(*words: str):
+    args = create_parser().parse_args([*words, "--data-path", "/data", "--mae-weights", "/weights"])
+    return tasks_of(args)
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Runs a script's main → what it and its processes print; what it complains of, where it is to fail. Without
+    Slurm, whatever is installed."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(module: ModuleType, *words: str, status: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *words])
+        capfd.readouterr()
+        try:
+            module.main()
+            left = 0
+        except SystemExit as leaving:
+            left = int(leaving.code or 0)
+        out, error = capfd.readouterr()
+        assert left == status, out + error
+        return error if status else out
+
+    return run
+
+
+def test_the_rows_are_the_papers():
+    assert len(ROWS) == len({row.id for row in ROWS}) == 17
+    assert {row.recipe: sum(r.recipe == row.recipe for r in ROWS) for row in ROWS} == {
+        "deit": 8, "mae": 3, "swin": 3, "resnet_rsb": 3}  # fmt: skip
+    assert all(row.paper["masking"] > row.paper["none"] for row in ROWS)
+    for row in ROWS:
+        lines = (ROOT / row.recipe / "README.md").read_text().splitlines()
+        numbers = f" | {row.paper['none']:.1f} | {row.paper['masking']:.1f} | "
+        heads = (f"| {row.model}{numbers}", f"| {row.model}, {row.epochs} epochs{numbers}")
+        (line,) = (line for line in lines if line.startswith(heads))
+        assert row.name in line.replace("_patch4_window7_224.yaml", " ").replace("swin_", " ").split()
+    batches = {stage.variant: stage.global_batch for row in ROWS for stage in row.stages}
+    assert batches == {
+        **dict.fromkeys([f"{size}_{epochs}" for size in ("small", "base", "large", "huge") for epochs in (400, 800)], 2048),
+        "base_finetune": 512, "large_finetune": 512, "huge_finetune": 512, "base_100": 1024, "large_50": 1024,
+        "huge_50": 1024, "tiny": 1024, "small": 1024, "base": 1024, "resnet50": 2048, "resnet101": 2048, "resnet152": 2048,
+    }  # fmt: skip
+
+
+def test_every_stage_parses_with_its_recipe_and_starts_from_the_one_before():
+    found = tasks()
+    assert len(found) == 2 * (17 + 6)
+    for task in found:
+        args = parse(RECIPES[task.stage.recipe], task.flags)
+        assert (args.variant, args.augsub) == (task.stage.variant, task.kind)
+        assert args.batch_size * args.accum_iter * task.stage.nodes * task.stage.gpus == task.stage.global_batch
+        assert str(task.folder) in args.output_dir
+    assert len({task.folder for task in found}) == len(found)
+    starts = {task.name: parse(RECIPES[task.stage.recipe], task.flags).finetune for task in found}
+    assert starts["deit/huge_800-masking/finetune"].endswith("deit/huge_800-masking/pretrain/checkpoint.pth")
+    assert starts["mae/large_50-none/train"] == "/weights/mae_pretrain_vit_large.pth"
+    assert starts["swin/tiny-none/train"] == ""
+
+
+def test_other_settings_have_other_folders():
+    names = [tasks("swin/tiny", "--augsub", "masking", *words)[0].folder.parent.name
+             for words in ([], ["--augsub-ratio", "0.25"])]  # fmt: skip
+    assert names == ["tiny-masking", "tiny-masking-0.25"]
+
+
+@pytest.mark.parametrize(("variant", "nodes", "gpus", "expected"), [
+    ("small_400", 1, 8, []),
+    ("small_400", 2, 4, []),
+    ("small_400", 1, 4, ["--batch-size", "256", "--accum-iter", "2"]),
+    ("small_400", 1, 3, None),
+    ("small_400", 2, 8, ["--batch-size", "128", "--accum-iter", "1"]),
+    ("large_400", 1, 8, ["--batch-size", "32", "--accum-iter", "8"]),
+])  # fmt: skip
+def test_other_numbers_of_gpus_keep_the_global_batch_or_are_refused(variant, nodes, gpus, expected):
+    stage = Stage("train", "deit", variant, nodes=8 if "large" in variant else 1)
+    if expected is None:
+        with pytest.raises(ValueError, match="1 x 3 processes do not divide the global batch of 2048 images"):
+            fit(stage, nodes, gpus)
+    else:
+        assert fit(stage, nodes, gpus)[1] == expected
+
+
+def test_rows_are_asked_for_by_name():
+    assert [row.id for row in select(ROWS, ["swin", "deit/base_400"])] == [
+        "deit/base_400", "swin/tiny", "swin/small", "swin/base"]  # fmt: skip
+    with pytest.raises(ValueError, match="unknown row 'deit/small_500': there are deit/small_400, "):
+        select(ROWS, ["deit/small_500"])
+
+
+def test_the_plan_counts_steps_and_arithmetic():
+    """ViT-S: 4.599 G multiply-adds, of which the sub-model takes 0.489 more; a backward pass is two forwards."""
+    plain, masked = (cost(task.stage, task.kind, task.flags) for task in tasks("deit/small_400"))
+    assert plain.steps == masked.steps == 400 * (1_281_167 // 2048)
+    assert plain.flops == pytest.approx(plain.steps * 2048 * 3 * 2 * 4.599e9, rel=1e-3)
+    assert masked.flops / plain.flops == pytest.approx(1.489, abs=1e-3)
+    assert 22.06e6 * 20 < plain.memory < 32e9
+
+
+def test_the_plan_is_printed_and_nothing_made(tmp_path, call):
+    words = ["swin/tiny", "resnet_rsb/resnet50", "--data-path", "/none", "--output", str(tmp_path / "out"), "--plan"]
+    said = call(reproduce, *words, "--gpu", "h100")
+    assert (
+        "torchrun --nnodes 1 --nproc-per-node 8 swin/main.py --variant tiny --augsub masking --data-path /none" in said
+    )
+    assert "1 x 8 GPUs, 1024 images a step, 375,300 steps" in said and "h100-hours" in said
+    assert "in all: 4 runs" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["deit/small_401"], "unknown row 'deit/small_401'"),
+    (["--augsub", "mask"], "--augsub mask: choose from none, "),
+    (["swin"], "--data-path is needed"),
+    (["swin", "--data-path", "/none"], "/none has no folder train"),
+    (["mae", "--data-path", "IMAGES"], "needs --mae-weights"),
+    (["mae", "--data-path", "IMAGES", "--mae-weights", "/none"], "there is no /none/mae_pretrain_vit_base.pth"),
+    (["deit/large_400", "--data-path", "IMAGES"], "8 nodes are wanted, and no Slurm is here"),
+    (["swin", "--data-path", "IMAGES", "--output", "/proc/none"], "/proc/none"),
+    (["swin", "--plan", "--gpu", "b9"], "--gpu b9: choose from v100, a100, h100, h200"),
+    (["swin", "--data-path", "IMAGES", "--time", "soon"], "--time soon: [days-]hours:minutes:seconds is expected"),
+])  # fmt: skip
+def test_bad_input_is_found_before_anything_is_submitted(words, sentence, jpegs, tmp_path, call):
+    words = [str(jpegs()) if word == "IMAGES" else word for word in words]
+    if "--output" not in words:
+        words += ["--output", str(tmp_path / "out")]
+    error = call(reproduce, *words, status=2)
+    assert error.startswith("reproduce_table.sh: error: ") and sentence in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("out/*/*"))
+
+
+def test_limits_of_time():
+    assert [minutes(limit) for limit in ("72:00:00", "2-12:00:00", "90", "30:30", "1-0", "0:10")] == [
+        4320,
+        3600,
+        90,
+        31,
+        1440,
+        1,
+    ]
+
+
+def test_the_folder_of_a_run_is_known_by_its_flags(tmp_path):
+    for flags in (["--output_dir", "a"], ["--output-dir=a"], ["x", "--output", "a", "--lr", "1"]):
+        assert output_folder(flags) == Path("a").absolute()
+    with pytest.raises(ValueError, match="--output-dir is needed"):
+        output_folder(["--augsub", "masking"])
+
+
+@pytest.mark.parametrize(("status", "queue", "expected"), [
+    ({}, "", ("missing", "")),
+    ({"state": "queued", "job": "7"}, "PENDING Priority", ("queued", "Priority")),
+    ({"state": "running", "job": "7"}, "RUNNING None", ("running", "")),
+    ({"state": "requeued", "job": "7"}, "PENDING BeginTime", ("requeued", "BeginTime")),
+    ({"state": "running", "job": "7"}, "NODE_FAIL None", ("failed", "a node failed")),
+    ({"state": "running", "job": "7"}, "OUT_OF_MEMORY None", ("failed", "out of memory on a node")),
+    ({"state": "running", "job": "7"}, "", ("failed", "it ended without a word")),
+    ({"state": "queued", "job": "7"}, "", ("failed", "it ended before it began")),
+    ({"state": "failed", "reason": "bug", "job": "7"}, "FAILED NonZeroExitCode", ("failed", "bug")),
+    ({"state": "done", "job": "7"}, "COMPLETED None", ("done", "")),
+    ({"state": "stopped", "reason": "by SIGTERM", "job": "7"}, "CANCELLED None", ("stopped", "by SIGTERM")),
+    ({"state": "running", "job": None, "host": "elsewhere"}, "", ("stopped", "it was cut off")),
+])  # fmt: skip
+def test_states_tell_a_bug_from_a_node(status, queue, expected, tmp_path):
+    if status:
+        (tmp_path / "status.json").write_text(json.dumps(status))
+    state, reason = state_of(tmp_path, {"7": queue} if queue else {})
+    assert state == expected[0] and reason.startswith(expected[1])
+
+
+def test_the_mini_table_without_slurm(tmp_path, call):
+    """A chain and a single run, twice: the second call runs nothing, and the table and the curves show both."""
+    words = ["--mini", "deit/digits", "resnet_rsb/digits", "--augsub", "masking", "--output", str(tmp_path / "out")]
+    said = call(reproduce, *words, "--append", "--epochs", "1")
+    assert said.count(": runs here") == 3 and said.count("best accuracy") == 3
+    again = call(reproduce, *words, "--append", "--epochs", "1")
+    assert again.count(": done") >= 3 and "runs here" not in again
+    for row in ("deit", "resnet_rsb"):  # as a table has it, at the paper's settings
+        (tmp_path / "out" / row / "digits-masking-epochs-1").rename(tmp_path / "out" / row / "digits-masking")
+    words = ["--mini", "--output", str(tmp_path / "out")]
+    lines = call(collect, *words).splitlines()
+    assert lines[0].split() == ["run", "state", "epoch", "acc@1", "best", "images/s", "left"]
+    assert sum(" done " in line and " 1/1 " in line for line in lines) == 3
+    assert sum(" missing " in line for line in lines) == 2 * 4 + 2 - 3
+    table = call(collect, *words, "--markdown")
+    (row,) = (line for line in table.splitlines() if line.startswith("| ResNet-10 |"))
+    accuracy = [cell.strip() for cell in row.split("|")]
+    assert accuracy[3:6] == ["", "", ""] and float(accuracy[7]) > 0, "no plain run, and no number of the paper's"
+    call(collect, *words, "--plot", str(tmp_path / "table.png"))
+    with Image.open(tmp_path / "table.png") as picture:
+        assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
+    assert "there is no such folder" in call(collect, "--output", str(tmp_path / "none"), status=2)
+
+
+def test_the_paper_stands_beside_ours(tmp_path, call):
+    folder = tmp_path / "swin" / "tiny-masking" / "train"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text(json.dumps({"state": "done"}))
+    (folder / "log.txt").write_text(json.dumps({"epoch": 0, "test_acc1": 81.52, "train_loss": 1.0}) + "\n")
+    table = call(collect, "swin", "--output", str(tmp_path), "--markdown")
+    assert "| Swin-T | 300 | 81.3 |  |  | 81.4 | 81.52 | +0.12 |" in table
+    assert "| Swin-S | 300 | 83.0 |  |  | 83.4 |  |  |" in table
+
+
+def test_the_mini_rows_are_small():
+    assert {row.recipe for row in MINI} == set(RECIPES)
+    assert [stage.name for row in MINI for stage in row.stages].count("finetune") == 1
