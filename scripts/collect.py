@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", help="such as deit/small_400, or swin for all of a recipe")
     parser.add_argument("--output", type=Path, default=None, help=f"folder of the runs; {OUTPUT}, or {MINI_OUTPUT}")
     parser.add_argument("--mini", action="store_true", help="the table of the digits")
+    parser.add_argument("--settings", default="", help="what the folders of runs at other settings end with: "
+                        "--settings=-0.25 for --augsub-ratio 0.25")  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="write the tables")
     parser.add_argument("--plot", type=Path, default=None, metavar="PNG", help="draw the curves")
     args = parser.parse_args()
@@ -45,12 +47,12 @@ def main() -> None:
         if not root.is_dir():
             raise ValueError(f"{root}: there is no such folder; scripts/reproduce_table.sh makes it")
         if args.plot is not None:
-            plot(root, rows, args.plot)
+            plot(root, rows, args.plot, args.settings)
             print(f"drawn: {args.plot}")
         elif args.markdown:
-            print(table(root, rows))
+            print(table(root, rows, args.settings))
         else:
-            show(root, rows)
+            show(root, rows, args.settings)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -77,12 +79,14 @@ class Run:
         return self.log[-1]["test_acc1"] if self.log else None
 
 
-def runs_of(root: Path, row: Row, jobs: dict[str, str] | None) -> Iterator[Run]:
-    """The stages of a row with each of its drops, those with other settings than the paper's left out."""
-    kinds = [kind for kind in SHORT if kind in KINDS or (root / row.recipe / f"{row.name}-{kind}").is_dir()]
-    for kind in kinds:
+def runs_of(root: Path, row: Row, jobs: dict[str, str] | None, settings: str) -> Iterator[Run]:
+    """The stages of a row with each of its drops."""
+    for kind in SHORT:
+        place = root / row.recipe / f"{row.name}-{kind}{settings}"
+        if kind not in KINDS and not place.is_dir():
+            continue
         for stage in row.stages:
-            folder = root / row.recipe / f"{row.name}-{kind}" / stage.name
+            folder = place / stage.name
             state, reason = state_of(folder, jobs)
             starts = read(folder / STATUS).get("starts", 0)
             log = [entry for file in folder.rglob(LOG) for entry in entries(file.parent)]
@@ -102,12 +106,12 @@ def jobs_now() -> dict[str, str] | None:
         return None
 
 
-def show(root: Path, rows: Sequence[Row]) -> None:
+def show(root: Path, rows: Sequence[Row], settings: str) -> None:
     """A line a stage."""
     jobs = jobs_now()
     lines: list[tuple[str, ...]] = [("run", "state", "epoch", "acc@1", "best", "images/s", "left", "")]
     for row in rows:
-        for run in runs_of(root, row, jobs):
+        for run in runs_of(root, row, jobs, settings):
             speed, left = pace(run) if run.state == "running" else ("", "")
             state = run.state + (f", {run.starts - 1}x restarted" if run.starts > 1 else "")
             done = f"{len(run.log)}/{epochs_of(run)}"
@@ -122,7 +126,7 @@ def show(root: Path, rows: Sequence[Row]) -> None:
 
 def epochs_of(run: Run) -> int:
     """Epochs that a run is to have: what its command says last, else its variant."""
-    flags = read(run.folder / JOB).get("flags", [])
+    flags = read(run.folder / JOB).get("flags", run.stage.flags)
     said = [int(value) for flag, value in itertools.pairwise(flags) if flag == "--epochs"]
     return said[-1] if said else int(run.stage.settings["epochs"])
 
@@ -147,18 +151,18 @@ def pace(run: Run) -> tuple[str, str]:
     return f"{recent[-1].value:.0f}", left
 
 
-def table(root: Path, rows: Sequence[Row]) -> str:
+def table(root: Path, rows: Sequence[Row], settings: str = "") -> str:
     """The tables in Markdown: the paper's accuracy, ours and the difference, ours empty where a run is not done."""
     jobs, parts = jobs_now(), []
     for recipe in dict.fromkeys(row.recipe for row in rows):
         ours = [row for row in rows if row.recipe == recipe]
-        there = {run.kind for row in ours for run in runs_of(root, row, jobs)}
+        there = {run.kind for row in ours for run in runs_of(root, row, jobs, settings)}
         kinds = [kind for kind in SHORT if kind in there]
         heads = [f"{SHORT[kind]}: {column}" for kind in kinds for column in ("paper", "ours", "difference")]
         parts += [f"**{TITLES[recipe]}**, top-1 in %", "", f"| model | epochs | {' | '.join(heads)} |"]
         parts += ["|---" * (2 + len(heads)) + "|"]
         for row in ours:
-            ends = {run.kind: run for run in runs_of(root, row, jobs)}  # the last stage of each
+            ends = {run.kind: run for run in runs_of(root, row, jobs, settings)}  # the last stage of each
             cells = []
             for kind in kinds:
                 paper, run = row.paper.get(kind), ends.get(kind)
@@ -170,7 +174,7 @@ def table(root: Path, rows: Sequence[Row]) -> str:
     return "\n".join(parts).rstrip()
 
 
-def plot(root: Path, rows: Sequence[Row], path: Path) -> None:
+def plot(root: Path, rows: Sequence[Row], path: Path, settings: str) -> None:
     """Draws accuracy and losses over epochs, a row of the table in a row of axes.
 
     Raises:
@@ -182,7 +186,7 @@ def plot(root: Path, rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     jobs = jobs_now()
-    drawn = [(row, [run for run in runs_of(root, row, jobs) if run.log]) for row in rows]
+    drawn = [(row, [run for run in runs_of(root, row, jobs, settings) if run.log]) for row in rows]
     drawn = [(row, runs) for row, runs in drawn if runs]
     if not drawn:
         raise ValueError(f"{root}: no run has finished an epoch yet")

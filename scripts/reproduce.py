@@ -101,7 +101,7 @@ def main() -> None:
             parser.exit(
                 130, "\nno longer watching: what is submitted goes on, and scripts/collect.py --mini shows it\n"
             )
-        print(table(root_of(args), MINI))
+        print(table(root_of(args), select(MINI, args.rows), settings_of(args, "masking")))
 
 
 def root_of(args: argparse.Namespace) -> Path:
@@ -145,9 +145,13 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
 
 def name_of(row: Row, kind: str, args: argparse.Namespace) -> str:
     """A folder's name by the row and what differs from the paper's settings."""
+    return f"{row.name}-{kind}{settings_of(args, kind)}"
+
+
+def settings_of(args: argparse.Namespace, kind: str) -> str:
+    """What a folder's name ends with where the settings are not the paper's."""
     ratio = f"-{args.augsub_ratio:g}" if kind != "none" and args.augsub_ratio != 0.5 else ""
-    other = "".join(f"-{word.strip('-').replace('/', '_')}" for word in args.append)
-    return f"{row.name}-{kind}{ratio}{other}"
+    return ratio + "".join(f"-{word.strip('-').replace('/', '_')}" for word in args.append)
 
 
 def weights_of(args: argparse.Namespace, stage: Stage) -> Path:

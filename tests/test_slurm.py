@@ -214,3 +214,32 @@ def test_slurms_own_words_are_told(slurm, images, tmp_path):
     error = submit(tmp_path / "out", images, cluster=("--partition", "none"), status=2)
     assert "submit.py: error: Slurm refuses augsub-deit: " in error and "invalid partition specified" in error
     assert error.count("\n") == 1
+
+
+def test_a_failing_row_does_not_hold_up_the_others(slurm, tmp_path):
+    """What it starts from is no checkpoint; its second stage is not begun, and both are submitted again when mended."""
+    words = ["--mini", "deit/digits", "resnet_rsb/digits", "--augsub", "masking", "--output", str(tmp_path)]
+    broken = tmp_path / "deit" / "digits-masking-epochs-1" / "pretrain" / "checkpoint.pth"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("no checkpoint")
+    said_of = call("reproduce.py", *words, "--append", "--epochs", "1")
+    assert f"deit/digits-masking/pretrain: failed: {broken}: the file is cut short, or no checkpoint" in said_of
+    assert "deit/digits-masking/finetune: failed: cancelled, by somebody or since the stage before it failed" in said_of
+    assert "resnet_rsb/digits-masking/train: done" in said_of
+    shown = call("collect.py", "--mini", "--output", str(tmp_path), "--settings=-epochs-1")
+    (line,) = (line for line in shown.splitlines() if line.startswith("deit/digits AugMask pretrain"))
+    assert "failed" in line and "or no checkpoint" in line
+    broken.unlink()
+    again = call("reproduce.py", *words, "--append", "--epochs", "1")
+    assert again.count("submitted as job") == 2 and "deit/digits-masking/finetune: done" in again
+
+
+def test_sbatch_from_another_folder(slurm, tmp_path):
+    """Slurm runs a copy of the script, which finds the project that it is of."""
+    done = subprocess.run(
+        ["sbatch", "--wait", f"--output={tmp_path}/said", str(ROOT / "scripts" / "reproduce_table.sh"), "--plan",
+         "swin/tiny", "--data-path", "/data"],
+        cwd=tmp_path, env=environment(PYTHON=sys.executable), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "in all: 2 runs" in (tmp_path / "said").read_text()
