@@ -107,7 +107,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
         augsub=augsub,
         criterion=recipe.loss(args, mixup is not None),
         optimizer=optimizer,
-        set_lr=recipe.schedule(optimizer, in_force, updates),
+        set_lr=recipe.schedule(optimizer, in_force, batches / args.accum_iter),
         scaler=torch.amp.GradScaler(process.device.type, enabled=dtype is torch.float16),
         classes=classes,
         autocast=dtype,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,22 +39,22 @@ def lr_per_512(args: argparse.Namespace, global_batch: int) -> argparse.Namespac
 
 
 def epoch_schedule(
-    optimizer: torch.optim.Optimizer, args: argparse.Namespace, updates_per_epoch: int, lag: int = 0
+    optimizer: torch.optim.Optimizer, args: argparse.Namespace, updates_per_epoch: float, lag: int = 0
 ) -> SetLR:
     """timm's schedules, one rate an epoch: epoch e trains at the schedule's rate for epoch max(e - lag, 0)."""
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
 
     def set_lr(update: int) -> None:
         if scheduler is not None:
-            scheduler.step(max(update // updates_per_epoch - lag, 0))
+            scheduler.step(max(update // math.ceil(updates_per_epoch) - lag, 0))
 
     return set_lr
 
 
 def update_schedule(
-    optimizer: torch.optim.Optimizer, args: argparse.Namespace, updates_per_epoch: int, prefix: bool
+    optimizer: torch.optim.Optimizer, args: argparse.Namespace, updates_per_epoch: float, prefix: bool
 ) -> SetLR:
-    """timm's schedules, one rate an update.
+    """timm's schedules, one rate an update, by the share of the epoch's batches that it comes after.
 
     Args:
         prefix: whether the schedule proper begins after the warm-up and fills what is left of the epochs, or has begun
@@ -67,7 +68,8 @@ def update_schedule(
 
     def set_lr(update: int) -> None:
         if scheduler is not None:
-            scheduler.step_update(update)
+            epoch, done = divmod(update, math.ceil(updates_per_epoch))
+            scheduler.step_update(epoch * updates_per_epoch + done)
 
     return set_lr
 
@@ -107,7 +109,8 @@ class Recipe:
         new_head_std: standard deviation of a classifier that `--finetune` leaves new; None keeps the model's own.
         adapt_weights: (state dict in upstream's names, model) → state dict in the model's names.
         scale_lr: (args, global batch) → the arguments with the learning rates in force.
-        schedule: (optimizer, args, updates per epoch) → function that sets the rates for an update, counted from 0.
+        schedule: (optimizer, args, updates per epoch: batches / micro-batches, which may not divide) → function that
+            sets the rates for an update, counted from 0.
         param_groups: (model, args) → the optimizer's parameter groups.
         loss: (args, mixed) → the main model's loss.
         summary: whether summary.csv is kept too.
@@ -126,7 +129,7 @@ class Recipe:
     new_head_std: float | None = None
     adapt_weights: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] = lambda weights, model: weights
     scale_lr: Callable[[argparse.Namespace, int], argparse.Namespace] = lr_per_512
-    schedule: Callable[[torch.optim.Optimizer, argparse.Namespace, int], SetLR] = epoch_schedule
+    schedule: Callable[[torch.optim.Optimizer, argparse.Namespace, float], SetLR] = epoch_schedule
     param_groups: Callable[[nn.Module, argparse.Namespace], list[dict[str, Any]]] = weight_decay_groups
     loss: Callable[[argparse.Namespace, bool], Callable[[Tensor, Tensor], Tensor]] = classification_loss
     curve_steps: int | None = None

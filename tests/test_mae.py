@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import timm
 import torch
@@ -68,6 +70,22 @@ def test_learning_rates_equal_upstreams():
         set_lr(round(epoch * 100))
         assert optimizer.param_groups[1]["lr"] == pytest.approx(lr, rel=1e-9, abs=1e-12), epoch
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * lr, rel=1e-9, abs=1e-12)
+
+
+def test_the_rate_follows_the_share_of_the_batches_that_are_done():
+    """Ten batches in updates of four, four and two: at 0, 0.4 and 0.8 of the epoch."""
+    args = parse(
+        RECIPE, ["--data-path", "x", "--lr", "1e-3", "--epochs", "20", "--warmup-epochs", "5", "--min-lr", "1e-6"]
+    )
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    set_lr = RECIPE.schedule(optimizer, args, 10 / 4)
+    for epoch in (0, 3, 7, 19):
+        for done, share in enumerate((0.0, 0.4, 0.8)):
+            set_lr(3 * epoch + done)
+            at = epoch + share
+            cosine = 1e-6 + (1e-3 - 1e-6) * 0.5 * (1 + math.cos(math.pi * (at - 5) / 15))
+            expected = 1e-3 * at / 5 if at < 5 else cosine
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-6), at
 
 
 @pytest.mark.parametrize(
