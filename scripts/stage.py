@@ -66,15 +66,21 @@ def carry_out(folder: Path) -> str | None:
         if leaving.sentence:  # the first of all processes to leave
             update_status(folder, state="failed", reason=leaving.sentence)
         raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        update_status(folder, state="failed", reason=f"out of memory: {' '.join(str(error).split())[:200]}")
-        raise
     except Exception as error:
-        update_status(folder, state="failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        kind = "out of memory" if is_memory(error) else type(error).__name__
+        update_status(folder, state="failed", reason=f"{kind}: {' '.join(str(error).split())[:200]}")
         raise
     if is_main_before_start():
         update_status(folder, state="stopped" if stopped else "done", reason=f"by {stopped}" if stopped else "")
     return stopped
+
+
+def is_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a GPU or on the host."""
+    failed = "not enough memory" in str(error) or "can't allocate memory" in str(
+        error
+    )  # PyTorch's words for the host's
+    return failed or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def begin(folder: Path, most_idle_starts: int) -> None:
@@ -148,4 +154,4 @@ if __name__ == "__main__":
     place = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
     if not (place / JOB).exists():
         sys.exit(f"{Path(sys.argv[0]).name}: error: {place} holds no {JOB}: scripts/submit.py makes such a folder")
-    sys.exit(3 if carry_out(place) else 0)
+    carry_out(place)

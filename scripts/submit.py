@@ -264,15 +264,20 @@ def _alive(process: int) -> bool:
 
 
 def run_here(folder: Path, cluster: Cluster) -> int:
-    """Runs a job's folder on this machine, through torchrun → the exit status; 3 where it was asked to stop."""
+    """Runs a job's folder on this machine, several processes through torchrun → 0 if it is done, 3 if it was asked to
+    stop, 1 if it failed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cluster.gpus)]
     if cluster.gpus == 1:
         launcher = [sys.executable]
     update_status(folder, host=socket.gethostname(), process=os.getpid(), state="running")
-    try:
-        return subprocess.call([*launcher, str(ROOT / "scripts" / "stage.py"), str(folder)])
-    except KeyboardInterrupt:  # the run has it too, and saves
-        return 3
+    process = subprocess.Popen([*launcher, str(ROOT / "scripts" / "stage.py"), str(folder)])
+    while True:
+        try:
+            process.wait()
+            break
+        except KeyboardInterrupt:  # the run has it too, and saves
+            continue
+    return {"done": 0, "stopped": 3}.get(read(folder / STATUS)["state"], 1)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,10 +114,18 @@ def test_two_nodes_train_as_one_with_two_processes(slurm, images, tmp_path):
     assert "done, so nothing is submitted" in submit(tmp_path / "two", images, *flags, cluster=("--nodes", "2"))
 
 
-def start_at_once(job: str) -> None:
-    """Slurm lets two minutes pass before it starts a requeued job, for the sake of the nodes."""
-    wait_for(lambda: "PENDING" in squeue(job, "%T"), 60, f"job {job} in the queue")
-    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+def start_at_once(out: Path, starts: int = 2) -> None:
+    """Slurm lets two minutes pass before it starts a requeued job, for the sake of the nodes: this asks for less."""
+    job = status_of(out)["job"]
+
+    def begun_again() -> bool:
+        if squeue(job, "%T") == "PENDING":
+            subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
+        time.sleep(2)
+        return status_of(out)["starts"] >= starts
+
+    time.sleep(5)  # Slurm cleans up after the start before
+    wait_for(begun_again, 240, f"start {starts} of job {job}")
 
 
 def test_a_job_that_is_requeued_ends_with_the_same_bits(slurm, images, undisturbed, tmp_path):
@@ -124,9 +133,8 @@ def test_a_job_that_is_requeued_ends_with_the_same_bits(slurm, images, undisturb
     submit(out, images, *LONG)
     begun(out, epoch=2)
     assert "running, so nothing is submitted" in submit(out, images, *LONG)
-    job = status_of(out)["job"]
-    subprocess.run(["scontrol", "requeue", job], check=True)
-    start_at_once(job)
+    subprocess.run(["scontrol", "requeue", status_of(out)["job"]], check=True)
+    start_at_once(out)
     status = ended(out)
     assert status["starts"] == 2
     assert "asked to stop (SIGTERM): stopped after step" in said(out) and "continuing at epoch" in said(out)
@@ -143,7 +151,7 @@ def test_a_job_that_its_time_limit_ends_requeues_itself_and_ends_with_the_same_b
     )  # fmt: skip
     wait_for(lambda: status_of(out)["state"] == "requeued", 130, "the time limit")
     assert "requeued, so nothing is submitted" in submit(out, images, *flags)
-    start_at_once(status_of(out)["job"])
+    start_at_once(out)
     status = ended(out, seconds=240)
     assert status["starts"] >= 2
     assert "asked to stop (SIGUSR2): stopped after step" in said(out)
@@ -243,3 +251,18 @@ def test_sbatch_from_another_folder(slurm, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "in all: 2 runs" in (tmp_path / "said").read_text()
+
+
+def test_a_job_on_a_node_that_fails_is_started_again(slurm, images, undisturbed, tmp_path):
+    """The node comes back, as its daemon is there."""
+    out = tmp_path / "out"
+    submit(out, images, *LONG)
+    begun(out, epoch=2)
+    job = status_of(out)["job"]
+    node = squeue(job, "%N")
+    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test"], check=True)
+    assert f"requeue job JobId={job} due to failure of node {node}" in (slurm / "slurmctld.log").read_text()
+    start_at_once(out)
+    status = ended(out)
+    assert status["starts"] == 2
+    assert_same_bits(out, undisturbed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from scripts.plan import cost
 from scripts.reproduce import create_parser, tasks_of
 from scripts.submit import minutes, output_folder, state_of
 from scripts.table import MINI, RECIPES, ROWS, Stage, fit, select
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment
 
 
 def tasks(*words: str):
@@ -225,3 +226,56 @@ def test_the_paper_stands_beside_ours(tmp_path, call):
 def test_the_mini_rows_are_small():
     assert {row.recipe for row in MINI} == set(RECIPES)
     assert [stage.name for row in MINI for stage in row.stages].count("finetune") == 1
+
+
+def test_a_full_memory_is_told_from_a_bug(jpegs, tmp_path):
+    """A process that may have 200 MB more than it has at its start, and would need more."""
+    out = tmp_path / "out"
+    out.mkdir()
+    flags = ["--data-path", str(jpegs()), "--model", "deit_tiny_patch16_LS", "--batch-size", "32", "--num-workers", "0",
+             "--epochs", "1", "--no-repeated-aug", "--output-dir", str(out)]  # fmt: skip
+    (out / "job.json").write_text(json.dumps({"entry": "deit/main.py", "flags": flags, "most_idle_starts": 5}))
+    driver = f"""
+import resource, sys
+from pathlib import Path
+sys.path[0] = {str(ROOT)!r}
+from common import train
+from scripts.stage import carry_out
+
+plain = train.train_one_epoch
+
+def confined(*args):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, used + 200_000_000))
+    return plain(*args)
+
+train.train_one_epoch = confined
+carry_out(Path({str(out)!r}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", driver], capture_output=True, text=True, env=environment(), timeout=240
+    )
+    assert done.returncode == 1, done.stderr
+    status = json.loads((out / "status.json").read_text())
+    assert status["state"] == "failed" and status["reason"].startswith("out of memory: "), status
+
+
+def test_a_single_run_here_is_stopped_and_goes_on(jpegs, tmp_path):
+    """Two processes through torchrun, asked to stop by a signal to the run, and the same command again."""
+    out = tmp_path / "out"
+    words = ["deit", "--local", "--gpus-per-node", "2", "--", "--data-path", str(jpegs(train=64)), "--model",
+             "deit_pico_patch8_LS", "--input-size", "32", "--batch-size", "4", "--num-workers", "0", "--epochs", "30",
+             "--no-repeated-aug", "--log-interval", "1", "--output-dir", str(out)]  # fmt: skip
+    command = [sys.executable, str(ROOT / "scripts" / "submit.py"), *words]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+    assert first.stdout is not None and any(line.startswith("epoch 1/30  step 3/") for line in first.stdout)
+    subprocess.run(["pkill", "-USR2", "--full", f"python[0-9.]* -u .*scripts/stage.py {out}"], check=True)
+    said = first.communicate(timeout=120)[0]
+    assert first.returncode == 3 and "asked to stop (SIGUSR2)" in said
+    assert json.loads((out / "status.json").read_text())["state"] == "stopped"
+    again = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=240)
+    assert again.returncode == 0 and "2 processes on cpu" in again.stdout and "continuing at epoch" in again.stdout
+    assert (
+        "done, so nothing is submitted"
+        in subprocess.run(command, capture_output=True, text=True, env=environment()).stdout
+    )
