@@ -9,8 +9,9 @@ READY = $(VENV)/ready
 train: $(READY)  ## the project's main job, on the embedded digits
 	$(BIN)/torchrun deit/main.py --augsub masking --augsub-ratio 0.5
 
-test: $(READY)
-	$(BIN)/python -m pytest
+test: $(READY)  ## those on Slurm, whose daemons want the machine to themselves, and then all others, two at a time
+	$(BIN)/python -m pytest tests/test_slurm.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_slurm.py
 
 check: $(READY)
 	$(BIN)/ruff check .
