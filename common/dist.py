@@ -140,9 +140,3 @@ def all_gather(value: Any) -> list[Any]:
 def any_of(flag: bool) -> bool:
     """Whether the flag is set on any process."""
     return any(all_gather(flag))
-
-
-def barrier() -> None:
-    """Waits for the other processes."""
-    if _distributed():
-        torch_dist.barrier()

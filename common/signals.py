@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -58,6 +59,11 @@ def listening(speaks: bool = True) -> Iterator[Request]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stop_printing() -> None:
+    """After a BrokenPipeError, as `| head` brings about: else the interpreter would print to the reader that left."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def ignore(worker: int) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import warnings
 from collections.abc import Iterator
 
@@ -12,6 +10,7 @@ import timm
 import torch
 
 from common.augsub import drops
+from common.signals import stop_printing
 
 COLUMNS = ("masking", "dropout", "droppath")
 
@@ -36,8 +35,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         print_list(parser, args.list)
-    except BrokenPipeError:  # whoever read the list has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        stop_printing()
         parser.exit(141)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from common.log import CURVES, duration, entries
 from common.prepare import SETTINGS, Job, prepare
 from common.recipe import Recipe
 from common.resume import own_state, plain, set_own_state
-from common.signals import listening
+from common.signals import listening, stop_printing
 
 
 def run(recipe: Recipe, argv: Sequence[str] | None = None) -> str | None:
@@ -52,8 +51,8 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> str | None:
         except KeyboardInterrupt:
             saved = job is not None and job.folder is not None and (job.folder / checkpoint.LAST).exists()
             leave("interrupted" + ("; the same command continues from the last checkpoint" if saved else ""), 130)
-        except BrokenPipeError:  # whoever read the output has left, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:
+            stop_printing()
             raise Leaving("", 141) from None
         except Exception:
             if not dist.is_first_to_leave():  # what fails here fails for want of another, whose traceback tells more

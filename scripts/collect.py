@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,8 @@ from common.args import Parser  # noqa: E402
 from common.log import CURVES, LOG, duration, entries  # noqa: E402
 from scripts.stage import JOB, STATUS, read  # noqa: E402
 from scripts.submit import queue, state_of  # noqa: E402
-from scripts.table import KINDS, MINI, ROWS, TITLES, Row, Stage, select  # noqa: E402
+from scripts.table import KINDS, MINI, MINI_OUTPUT, OUTPUT, ROWS, TITLES, Row, Stage, select  # noqa: E402
 
-OUTPUT, MINI_OUTPUT = Path("output/table"), Path("output/mini_table")
 SHORT = {"none": "plain", "masking": "AugMask", "dropout": "AugDrop", "droppath": "AugPath"}
 
 
@@ -95,8 +93,6 @@ def runs_of(root: Path, row: Row, jobs: dict[str, str] | None, settings: str) ->
 
 def jobs_now() -> dict[str, str] | None:
     """Slurm's queue; None where Slurm does not answer, and states are those written last."""
-    if shutil.which("squeue") is None:
-        return {}
     try:
         return queue()
     except ValueError as error:
@@ -128,7 +124,7 @@ def epochs_of(run: Run) -> int:
     """Epochs that a run is to have: what its command says last, else its variant."""
     flags = read(run.folder / JOB).get("flags", run.stage.flags)
     said = [int(value) for flag, value in itertools.pairwise(flags) if flag == "--epochs"]
-    return said[-1] if said else int(run.stage.settings["epochs"])
+    return said[-1] if said else int(run.stage.settings.epochs)
 
 
 def pace(run: Run) -> tuple[str, str]:

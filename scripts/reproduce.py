@@ -11,7 +11,6 @@ where the rows stand.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -25,12 +24,11 @@ from common import checkpoint  # noqa: E402
 from common.args import Parser  # noqa: E402
 from common.augsub import KINDS as DROPS  # noqa: E402
 from common.data import find_folder  # noqa: E402
-from scripts.submit import Cluster, add_cluster_flags, locked, queue, run_here, state_of, submit  # noqa: E402
-from scripts.table import KINDS, MAE_WEIGHTS, MINI, ROWS, STAGE_BEFORE, Row, Stage, fit, select  # noqa: E402
+from scripts.stage import STATUS, read  # noqa: E402
+from scripts.submit import UNDER_WAY, Cluster, add_cluster_flags, locked, queue, run_here, state_of, submit  # noqa: E402
+from scripts.table import KINDS, MAE_WEIGHTS, MINI, MINI_OUTPUT, OUTPUT, ROWS, STAGE_BEFORE, Row, Stage, fit, select  # noqa: E402
 
-OUTPUT, MINI_OUTPUT = Path("output/table"), Path("output/mini_table")
 WEIGHTS = "mae_pretrain_vit_{}.pth"  # as they are published: base, large, huge
-UNDER_WAY = ("queued", "running", "requeued")
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,7 @@ def create_parser() -> argparse.ArgumentParser:
     add("--plan", action="store_true", help="submit nothing; print what would run, and what it costs")
     add("--gpu", default="a100", help="the GPU that --plan reckons with: v100, a100, h100, h200")
     add("--utilisation", type=float, default=0.35, help="share of that GPU's peak rate that --plan reckons with")
-    add(
-        "--append",
-        nargs=argparse.REMAINDER,
-        default=[],
-        help="flags for every run; comes last",
-    )
+    add("--append", nargs=argparse.REMAINDER, default=[], help="flags for every run; comes last")
     add_cluster_flags(parser)
     return parser
 
@@ -218,7 +211,7 @@ def wait(tasks: Sequence[Task], seconds: float = 2.0) -> None:
     """Waits until no stage is queued or running, and says what has come of each."""
     left = list(tasks)
     while left:
-        known = queue() if shutil.which("squeue") else {}
+        known = queue()
         for task in list(left):
             state, reason = state_of(task.folder, known)
             if state not in UNDER_WAY:
@@ -230,8 +223,6 @@ def wait(tasks: Sequence[Task], seconds: float = 2.0) -> None:
 
 def job_of(folder: Path) -> str:
     """The id of a folder's job."""
-    from scripts.stage import STATUS, read
-
     return str(read(folder / STATUS)["job"])
 
 

@@ -77,10 +77,8 @@ def carry_out(folder: Path) -> str | None:
 
 def is_memory(error: Exception) -> bool:
     """Whether an allocation failed, on a GPU or on the host."""
-    failed = "not enough memory" in str(error) or "can't allocate memory" in str(
-        error
-    )  # PyTorch's words for the host's
-    return failed or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    of_host = ("not enough memory", "can't allocate memory")  # PyTorch's words
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in of_host)
 
 
 def begin(folder: Path, most_idle_starts: int) -> None:
@@ -94,7 +92,7 @@ def begin(folder: Path, most_idle_starts: int) -> None:
     saved = max((file.stat().st_mtime_ns for file in files), default=0)
     idle = status.get("idle", -1) + 1 if status.get("saved", saved) == saved else 0
     starts = status.get("starts", 0) + 1
-    update_status(folder, state="running", reason="", starts=starts, saved=saved, idle=idle, began=time.time())
+    update_status(folder, state="running", reason="", starts=starts, saved=saved, idle=idle)
     if idle > most_idle_starts:
         sentence = f"no progress in {idle} starts, so it is not started again"
         update_status(folder, state="failed", reason=sentence)

@@ -32,6 +32,7 @@ from scripts.stage import JOB, STATUS, Queued, read, slurm, update_status, write
 from scripts.table import ENTRIES  # noqa: E402
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
+UNDER_WAY = ("queued", "running", "requeued")  # states of a run that is not to be submitted again
 MOST_IDLE_STARTS = 5
 
 
@@ -50,7 +51,7 @@ def main() -> None:
         cluster = Cluster.of(args, args.nodes or 1, args.gpus_per_node or 1)
         with locked(folder):
             state, _ = state_of(folder, queue() if cluster.slurm else {})
-            if state in ("queued", "running", "requeued", "done"):
+            if state in (*UNDER_WAY, "done"):
                 print(f"{folder}: {state}, so nothing is submitted")
                 return
             print(f"{folder}: {submit(ENTRIES[args.recipe], flags, folder, cluster, f'augsub-{args.recipe}')}")
@@ -81,11 +82,7 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     add("--account", default=None)
     add("--qos", default=None)
     add("--constraint", default=None)
-    add(
-        "--time",
-        default="72:00:00",
-        help="limit of a start, [days-]hours:minutes:seconds",
-    )
+    add("--time", default="72:00:00", help="limit of a start, [days-]hours:minutes:seconds")
     add("--cpus-per-task", type=int, default=None, help="cores of a process; by default 8 with a GPU, else 1")
     add("--mem", default=None, help="memory of a node, such as 400G")
     add("--signal-before", type=int, default=300, help="seconds before the time limit at which a job is asked to stop")
@@ -101,7 +98,6 @@ class Cluster:
     slurm: bool
     nodes: int
     gpus: int  # processes of a node
-    cpu: bool
     options: dict[str, Any]  # of submitit's Slurm executor
     most_idle_starts: int
 
@@ -126,7 +122,7 @@ class Cluster:
             "gpus_per_node": None if args.cpu else gpus,
             "additional_parameters": {"requeue": True, **other},
         }
-        return cls(not here, nodes, gpus, args.cpu, options, args.most_idle_starts)
+        return cls(not here, nodes, gpus, options, args.most_idle_starts)
 
 
 def minutes(limit: str) -> int:
@@ -202,7 +198,13 @@ def to_slurm(folder: Path, cluster: Cluster, name: str, after: str | None) -> st
 
 
 def queue() -> dict[str, str]:
-    """Jobs that Slurm has, by id → their state, such as PENDING, with the reason why one waits."""
+    """Jobs that Slurm has, by id → their state, such as PENDING, with the reason why one waits; none without Slurm.
+
+    Raises:
+        ValueError: Slurm does not answer; in its own words.
+    """
+    if shutil.which("squeue") is None:
+        return {}
     lines = slurm("squeue", "--noheader", "--states=all", "--format=%i|%T|%r").splitlines()
     return {job: f"{state} {reason}" for job, state, reason in (line.split("|", 2) for line in lines)}
 

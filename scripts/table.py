@@ -5,17 +5,22 @@ Hyper-parameters live in the recipes' variants; here stands only what a variant 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import deit.recipe
 import mae.recipe
 import resnet_rsb.recipe
 import swin.recipe
+from common.args import parse
 from common.recipe import Recipe
 
 STAGE_BEFORE, MAE_WEIGHTS = "stage before", "MAE weights"
+OUTPUT, MINI_OUTPUT = Path("output/table"), Path("output/mini_table")
 KINDS = ("none", "masking")  # the table's columns: plain, AugMask
 ENTRIES = {
     "deit": "deit/main.py",
@@ -26,6 +31,12 @@ ENTRIES = {
 RECIPES: dict[str, Recipe] = {
     module.RECIPE.name: module.RECIPE for module in (deit.recipe, mae.recipe, swin.recipe, resnet_rsb.recipe)
 }
+
+
+@cache
+def settings_of(recipe: str, variant: str | None) -> argparse.Namespace:
+    """A variant's settings, or with None those for the digits, as the entry point has them."""
+    return parse(RECIPES[recipe], ["--variant", variant, "--data-path", "unseen"] if variant is not None else [])
 
 
 @dataclass(frozen=True)
@@ -54,17 +65,14 @@ class Stage:
         return ENTRIES[self.recipe]
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What decides its size: the variant over the recipe over the common defaults."""
-        recipe = RECIPES[self.recipe]
-        common = {"batch_size": 64, "epochs": 300, "accum_iter": 1, "input_size": 224}
-        chosen = recipe.digits if self.variant is None else recipe.variants[self.variant]
-        return common | dict(recipe.defaults) | dict(chosen)
+    def settings(self) -> argparse.Namespace:
+        """The variant over the recipe over the common defaults."""
+        return settings_of(self.recipe, self.variant)
 
     @property
     def global_batch(self) -> int:
         """Images of an optimizer step."""
-        return int(self.nodes * self.gpus * self.settings["batch_size"] * self.settings["accum_iter"])
+        return int(self.nodes * self.gpus * self.settings.batch_size * self.settings.accum_iter)
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ def _deit(size: str, epochs: int, model: str, plain: float, masked: float) -> Ro
 
 def _single(recipe: str, variant: str, model: str, plain: float, masked: float, **kwargs: Any) -> Row:
     stage = Stage("train", recipe, variant, **kwargs)
-    return Row(recipe, variant, model, stage.settings["epochs"], {"none": plain, "masking": masked}, (stage,))
+    return Row(recipe, variant, model, stage.settings.epochs, {"none": plain, "masking": masked}, (stage,))
 
 
 ROWS = (
@@ -181,7 +189,7 @@ def fit(stage: Stage, nodes: int, gpus: int) -> tuple[Stage, list[str]]:
             images, as mixup needs.
     """
     batch, processes = stage.global_batch, nodes * gpus
-    own = stage.settings["batch_size"], stage.settings["accum_iter"]
+    own = stage.settings.batch_size, stage.settings.accum_iter
     for accumulate in _divisors(batch, processes):
         size = batch // (processes * accumulate)
         if size <= own[0] and size % 2 == 0:
