@@ -228,7 +228,7 @@ def wrapped(model: nn.Module, args: argparse.Namespace, process: Process) -> nn.
     """The model as training calls it: compiled, and in DDP where there are several processes."""
     if args.compile:
         model = torch.compile(model)  # type: ignore[assignment]
-    if process.world_size == 1:
+    if process.world_size == 1 or args.eval or args.throughput:  # there are no gradients to share
         return model
     ids = [process.device.index] if process.device.type == "cuda" else None
     # batch statistics are averaged at the end of each epoch instead; torch 2.15 renames the argument

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +42,9 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> str | None:
             job.request = request
             with closing(job.log):
                 task_of(args)(job)
-            return job.stopped
+            stopped, job = job.stopped, None
+            gc.collect()  # DDP goes before its process group does
+            return stopped
         except ValueError as error:
             if job is not None:  # past the start it is no bad input
                 raise
