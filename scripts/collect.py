@@ -1,8 +1,10 @@
 """Shows where the table's rows stand, and writes the tables.
 
-python scripts/collect.py                   a line a row: state, epoch, accuracy, images/s, time left
-python scripts/collect.py --markdown        the tables, paper | ours | difference
-python scripts/collect.py --plot table.png  accuracy and losses over epochs, plain against AugMask
+    python scripts/collect.py                   a line a row: state, epoch, accuracy, images/s, time left
+    python scripts/collect.py --markdown        the tables, paper | ours | difference
+    python scripts/collect.py --plot table.png  accuracy and losses over epochs, plain against AugMask
+
+With --mini it is about the small tables on the digits.
 """
 
 from __future__ import annotations
@@ -147,9 +149,13 @@ def pace(run: Run) -> tuple[str, str]:
     return f"{recent[-1].value:.0f}", left
 
 
-def table(root: Path, rows: Sequence[Row], settings: str = "") -> str:
-    """The tables in Markdown: the paper's accuracy, ours and the difference, ours empty where a run is not done."""
-    jobs, parts = jobs_now(), []
+def table(root: Path, rows: Sequence[Row], settings: str = "", jobs: dict[str, str] | None = None) -> str:
+    """The tables in Markdown: the paper's accuracy, ours and the difference, ours empty where a run is not done.
+
+    Args:
+        jobs: what `queue` gave; None asks it.
+    """
+    jobs, parts = jobs_now() if jobs is None else jobs, []
     for recipe in dict.fromkeys(row.recipe for row in rows):
         ours = [row for row in rows if row.recipe == recipe]
         there = {run.kind for row in ours for run in runs_of(root, row, jobs, settings)}

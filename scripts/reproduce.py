@@ -82,19 +82,19 @@ def main() -> None:
             print_plan(tasks, args.gpu, args.utilisation)
             return
         check_inputs(args, tasks)
-        begin(args, tasks)
+        slurm = begin(args, tasks)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if args.mini:
         from scripts.collect import table
 
         try:
-            wait(tasks)
+            wait(tasks, slurm)
         except KeyboardInterrupt:
             parser.exit(
                 130, "\nno longer watching: what is submitted goes on, and scripts/collect.py --mini shows it\n"
             )
-        print(table(root_of(args), select(MINI, args.rows), settings_of(args, "masking")))
+        print(table(root_of(args), select(MINI, args.rows), settings_of(args, "masking"), None if slurm else {}))
 
 
 def root_of(args: argparse.Namespace) -> Path:
@@ -173,8 +173,8 @@ def check_inputs(args: argparse.Namespace, tasks: Sequence[Task]) -> None:
         pass
 
 
-def begin(args: argparse.Namespace, tasks: Sequence[Task]) -> None:
-    """Submits what is missing or failed, or runs it here, one after the other."""
+def begin(args: argparse.Namespace, tasks: Sequence[Task]) -> bool:
+    """Submits what is missing or failed, or runs it here, one after the other → whether Slurm has it."""
     failed = set()  # rows of which a stage failed here
     jobs: dict[Path, str] = {}
     with locked(root_of(args)):
@@ -205,13 +205,14 @@ def begin(args: argparse.Namespace, tasks: Sequence[Task]) -> None:
                 raise ValueError("stopped on request; the same command goes on")
             if status:
                 failed.add(row)
+    return slurm
 
 
-def wait(tasks: Sequence[Task], seconds: float = 2.0) -> None:
+def wait(tasks: Sequence[Task], slurm: bool, seconds: float = 2.0) -> None:
     """Waits until no stage is queued or running, and says what has come of each."""
     left = list(tasks)
     while left:
-        known = queue()
+        known = queue() if slurm else {}
         for task in list(left):
             state, reason = state_of(task.folder, known)
             if state not in UNDER_WAY:
