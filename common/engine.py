@@ -16,8 +16,8 @@ from timm.utils import ModelEmaV3, accuracy
 from torch import Tensor, nn
 
 from common.augsub import AugSub, Criterion
-from common.data import NONE, UNREADABLE_SHARE
 from common.dist import Process, all_min, all_sum, all_union, any_of
+from common.loader import NONE, UNREADABLE_SHARE
 from common.recipe import SetLR
 
 Batch = tuple[Tensor, Tensor, list[str]]  # images (B, 3, H, W), labels (B,) or NONE, names of unreadable images

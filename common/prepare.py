@@ -26,9 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from common import checkpoint, dist
 from common.args import DIGITS
 from common.augsub import AugSub
-from common.data import check_classes, create_mixup, evaluation_loader, open_data_set, training_loader
+from common.data import check_classes, open_data_set
 from common.dist import Process
 from common.engine import Trainer, Unreadable
+from common.loader import create_mixup, evaluation_loader, training_loader
 from common.log import Log
 from common.masking import PixelMask, TokenMask
 from common.recipe import Recipe, create_optimizer

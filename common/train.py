@@ -17,8 +17,8 @@ from timm.utils import distribute_bn
 
 from common import checkpoint, dist
 from common.args import parse
-from common.data import NONE, batches_of
 from common.engine import Interrupted, Position, StopTraining, autocast, evaluate, train_one_epoch
+from common.loader import NONE, batches_of
 from common.log import CURVES, duration, entries
 from common.prepare import SETTINGS, Job, prepare
 from common.recipe import Recipe

@@ -155,7 +155,7 @@ MINI = (
             "--epochs", "5", "--warmup-epochs", "0", "--lr", "1e-3", "--opt", "adamw")),
     )),
     _mini("mae", "small ViT", 25),
-    _mini("swin", "small Swin", 15),
+    _mini("swin", "small Swin", 30),
     _mini("resnet_rsb", "ResNet-10", 5),
 )  # fmt: skip
 

@@ -8,10 +8,10 @@ import pickle
 import random
 import re
 import shutil
+import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,22 +21,21 @@ from timm.data import ImageDataset, create_transform
 from timm.data.auto_augment import rand_augment_transform
 from torchvision import datasets
 
+from common import loader as loaders
 from common.args import parse
-from common.data import (
+from common.data import Digits, check_classes, open_data_set
+from common.dist import Process
+from common.engine import StopTraining, Unreadable, evaluate
+from common.loader import (
     NONE,
-    Digits,
     Views,
-    check_classes,
     create_mixup,
     evaluation_loader,
     evaluation_transform,
-    open_data_set,
     set_epoch,
     training_loader,
     training_transform,
 )
-from common.dist import Process
-from common.engine import StopTraining, Unreadable, evaluate
 from deit.recipe import RECIPE
 from swin.recipe import RECIPE as SWIN
 from tests.conftest import make_shards
@@ -435,14 +434,7 @@ def test_inaturalists_parts_need_the_same_classes(inaturalist):
 @pytest.fixture
 def shards(tmp_path):
     """Shards in which every image has a label of its own."""
-    return make_shards(tmp_path / "shards")
-
-
-def read_as(args, train: bool, process: Process):
-    """The shards as timm's reader takes them in a process of several."""
-    data: Any = open_data_set(args, train)
-    data.reader.dist_rank, data.reader.dist_num_replicas = process.rank, process.world_size
-    return data
+    return [*make_shards(tmp_path / "shards"), "--no-repeated-aug"]
 
 
 def labels_of(loader) -> list[int]:
@@ -472,8 +464,7 @@ def test_shards_are_evaluated_once_each(shards, workers, processes):
     args = settings(*shards, "--num-workers", workers)
     found: list[int] = []
     for rank in range(processes):
-        process = one_of(processes, rank)
-        found += labels_of(evaluation_loader(args, read_as(args, False, process), process))
+        found += labels_of(evaluation_loader(args, open_data_set(args, train=False), one_of(processes, rank)))
     assert sorted(found) == list(range(10))
 
 
@@ -482,7 +473,7 @@ def test_broken_images_of_shards_are_left_out_of_evaluation(tmp_path):
     found: list[int] = []
     names: list[str] = []
     for rank in range(2):
-        batches = list(evaluation_loader(args, read_as(args, False, one_of(2, rank)), one_of(2, rank)))
+        batches = list(evaluation_loader(args, open_data_set(args, train=False), one_of(2, rank)))
         found += labels_of(batches)
         names += [name for _, _, unreadable in batches for name in unreadable]
     assert sorted(found) == [i for i in range(10) if i != 7]
@@ -491,34 +482,74 @@ def test_broken_images_of_shards_are_left_out_of_evaluation(tmp_path):
 
 @pytest.mark.parametrize("broken", [0, 4, 11])
 def test_broken_images_of_shards_are_replaced_in_training(broken, tmp_path):
-    """Wherever in the shard they are, the first included."""
-    args = settings(*make_shards(tmp_path / "shards", {("train", 0, broken)}))
+    args = settings(*make_shards(tmp_path / "shards", {("train", 0, broken)}), "--no-repeated-aug")
     loader, batches = training_loader(args, open_data_set(args, train=True), ALONE)
     for epoch in range(3):
         set_epoch(loader, epoch)
         found = list(loader)
         assert len(found) == batches
-        assert set(labels_of(found)) == {*range(24)} - {broken} and len(labels_of(found)) == 24
+        assert {*range(24)} - set(labels_of(found)) == {broken} and len(labels_of(found)) == 24
         assert [name.split()[0] for _, _, names in found for name in names] == [f"0{broken:03}"]
+
+
+def test_a_shard_that_is_cut_short_counts_what_is_missing(shards, tmp_path):
+    """In the data of its eighth image."""
+    path = tmp_path / "shards" / "digits-train-0001.tar"
+    with tarfile.open(path) as shard:
+        cut = shard.getmember("1007.jpg").offset_data + 100
+    path.write_bytes(path.read_bytes()[:cut])
+    args = settings(*shards)
+    loader, batches = training_loader(args, open_data_set(args, train=True), ALONE)
+    found = list(loader)
+    assert len(found) == batches
+    names = sorted(name.partition(" of ")[0] for _, _, names in found for name in names)
+    assert names == ["1007", "image 10", "image 11", "image 8", "image 9"]
+
+
+def test_shards_that_are_not_there_are_named(shards, tmp_path):
+    (tmp_path / "shards" / "digits-train-0001.tar").unlink()
+    with pytest.raises(ValueError, match=r"1 of 2 shards are not on this disk, such as .*digits-train-0001\.tar"):
+        open_data_set(settings(*shards), train=True)
 
 
 def test_an_epoch_of_shards_is_all_of_them_on_two_processes(shards):
     args = settings(*shards)
     found: list[int] = []
     for rank in range(2):
-        loader, batches = training_loader(args, read_as(args, True, one_of(2, rank)), one_of(2, rank))
+        loader, batches = training_loader(args, open_data_set(args, train=True), one_of(2, rank))
         found += labels_of(batch for _, batch in zip(range(batches), loader))
     assert sorted(found) == list(range(24))
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_more_loader_processes_than_shards_see_all_images(shards):
-    args = settings(*shards, "--num-workers", "3")
-    try:
-        loader, batches = training_loader(args, open_data_set(args, train=True), ALONE)
-    except ValueError:  # refused before training would do too
-        return
-    assert len(list(zip(range(batches), loader))) == batches
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_the_number_of_loader_processes_changes_nothing(workers, shards, jpegs):
+    """Nor where an epoch is begun: images and labels are the same to the bit."""
+    random_views = ["--drop", "0", "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.5", "--repeated-aug"]
+    for flags in ([*shards, "--repeated-aug"], shards, ["--data-path", str(jpegs(train=150))]):
+        batches = []
+        for number in ("0", workers):
+            args = settings(*random_views, *flags, "--num-workers", number, "--batch-size", "2")
+            loader, _ = training_loader(args, open_data_set(args, train=True), ALONE)
+            batches.append(list(loaders.batches_of(loader, 3, 0 if number == "0" else 5)))
+        assert len(batches[0]) == len(batches[1]) + 5 > 8
+        for (images, labels, _), (others, other_labels, _) in zip(batches[0][5:], batches[1]):
+            assert torch.equal(images, others) and torch.equal(labels, other_labels)
+
+
+def test_images_of_shards_are_shuffled_within_few_at_a_time(monkeypatch):
+    """Ten shards of a hundred images, of which three and a half are in the shuffle at a time."""
+    monkeypatch.setattr(loaders, "TOGETHER", 350)
+    ends = np.arange(100, 1001, 100)
+    epochs = []
+    for epoch in (0, 1):
+        order = loaders.ShardOrder(ends, range(1000), seed=0)
+        order.set_epoch(epoch)
+        epochs.append(list(order))
+        assert sorted(epochs[-1]) == list(range(1000))
+        for start in (0, 300, 700):
+            assert len({place // 100 for place in epochs[-1][start : start + 300]}) in (3, 4)
+        assert len({place // 100 for place in epochs[-1][:50]}) == 3
+    assert epochs[0] != epochs[1]
 
 
 def operations(transform) -> list[str]:

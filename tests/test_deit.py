@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.args import parse
 from common.augsub import AugSub
-from common.data import training_loader
 from common.dist import Process
+from common.loader import training_loader
 from common.prepare import create_model
 from common.recipe import create_optimizer
 from deit.models import adapt_weights

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import train
 from common.args import parse
 from common.augsub import AugSub
-from common.data import training_loader
 from common.dist import Process
+from common.loader import training_loader
 from resnet_rsb.recipe import RECIPE, VARIANTS
 from tests.conftest import ROOT, image, reference, tensor_for
 from tests.golden import check_golden

@@ -1,0 +1,333 @@
+"""Loaders and transforms.
+
+Which image comes when, and how it is augmented, follows from (seed, epoch, place in the epoch) alone: neither the
+number of loader processes nor their timing plays a part. Unreadable images are named, counted and replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import random
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from common import signals
+from common.args import mixup_active
+from common.data import Shards
+from common.dist import Process
+
+# what PIL and the readers raise on files that are no image, cut short, or too large to be one; RuntimeError is timm's
+# word for a sample that failed as often as it was tried
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error,
+              zipfile.BadZipFile, Image.DecompressionBombError)  # fmt: skip
+UNREADABLE_SHARE = 0.01
+REPEATS = 3
+TOGETHER = 65_536  # images of shards that are shuffled among each other
+NONE = -1  # label of an item without an image
+Item = tuple[Tensor, int, tuple[str, ...]]
+
+
+class Views(Dataset):
+    """Transformed images of a data set, each drawn from a random state of its own.
+
+    Item (index, seed) → (image (3, H, W), label, names of what could not be read: none or one). Where `replace` is set
+    another image, drawn at random, takes the place of one that cannot be read; else, and where a hundred drawn in its
+    place cannot be read either, there is no image and the label is `NONE`.
+    """
+
+    def __init__(self, data: Any, transform: Callable[[Image.Image], Tensor], replace: bool = True):
+        self.data, self.transform, self.replace = data, transform, replace
+        if hasattr(data, "_max_retries"):  # timm replaces unreadable images too, without a count
+            data._max_retries = 1
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, place: tuple[int, int]) -> Item:
+        index, seed = place
+        others = random.Random(seed)
+        at = index
+        unreadable: tuple[str, ...] = ()
+        for _ in range(100 if self.replace else 1):
+            try:
+                image, label = self.data[at]
+                with drawn_from(seed):
+                    return self.transform(image.convert("RGB")), int(label), unreadable
+            except UNREADABLE:
+                unreadable, at = (self.name_of(index),), others.randrange(len(self))
+        return torch.zeros(3, 1, 1), NONE, unreadable
+
+    def name_of(self, index: int) -> str:
+        """Path of an image, or what else names it."""
+        samples = getattr(self.data, "samples", None)
+        if samples is not None:
+            return str(samples[index][0])
+        try:
+            return str(self.data.filename(index, absolute=True))
+        except (AttributeError, NotImplementedError, TypeError):
+            return f"image {index}"
+
+
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Within it python's, numpy's and torch's random numbers come from one seed; their states come back after."""
+    before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.random.set_rng_state(before[2])
+
+
+class SeededSampler(Sampler[tuple[int, int]]):
+    """Gives each index of `order` the seed that its augmentation draws from: a hash of (seed, epoch, rank, place)."""
+
+    def __init__(self, order: Any, seed: int, rank: int):
+        self.order, self.seed, self.rank, self.epoch = order, seed, rank, 0
+        self.start = 0  # places that are passed over
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        if hasattr(self.order, "set_epoch"):
+            self.order.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        seeds = np.random.default_rng([self.seed, self.epoch, self.rank]).integers(2**62, size=len(self))
+        return islice(zip(self.order, seeds.tolist()), self.start, None)
+
+
+class ShardOrder(Sampler[int]):
+    """Images of shards in an order that stays in few shards at a time: shards are shuffled, and then the images of
+    as many of them as have `TOGETHER`.
+
+    Args:
+        ends: images in the shards up to and with each.
+        order: which places of that order to give; shuffles nothing itself.
+        seed: of the run.
+    """
+
+    def __init__(self, ends: np.ndarray, order: Any, seed: int):
+        self.ends, self.order, self.seed, self.epoch = ends, order, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        draw = np.random.default_rng([self.seed, self.epoch, 2**32 - 1])  # a seed that no rank's augmentation has
+        shards = draw.permutation(len(self.ends))
+        starts = np.concatenate([[0], self.ends[:-1]])
+        group = np.cumsum((self.ends - starts)[shards]) // TOGETHER
+        parts = []
+        for number in np.unique(group):
+            images = [np.arange(starts[shard], self.ends[shard]) for shard in shards[group == number]]
+            parts.append(draw.permutation(np.concatenate(images)))
+        shuffled = np.concatenate(parts).tolist()
+        return (shuffled[place] for place in self.order)
+
+
+class Stream(IterableDataset):
+    """Transformed images of a timm data set that can only be read from front to back.
+
+    Items are those of `Views`, but what cannot be read ends the run. An epoch's order and augmentation follow from
+    (seed, epoch, rank), the number of loader processes, and the reader.
+
+    Args:
+        data: timm's data set.
+        transform: PIL image → (3, H, W).
+        seed: of the run.
+        process: this one.
+        train: the reader shuffles, and gives each process its share. Else every process reads the whole and keeps each
+            world_size-th image.
+    """
+
+    def __init__(self, data: Any, transform: Callable[[Image.Image], Tensor], seed: int, process: Process, train: bool):
+        self.data, self.transform, self.seed, self.process, self.train = data, transform, seed, process, train
+        self.epoch = multiprocessing.Value("q", 0)  # loader processes that live on hear of it
+        if not train:
+            for name, alone in (("dist_rank", 0), ("dist_num_replicas", 1)):
+                if hasattr(data.reader, name):
+                    setattr(data.reader, name, alone)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.value = epoch
+        self.data.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Item]:
+        worker = torch.utils.data.get_worker_info()
+        draw = random.Random(repr((self.seed, self.epoch.value, self.process.rank, worker.id if worker else 0)))
+        images = iter(self.data)
+        if not self.train:
+            images = islice(images, self.process.rank, None, self.process.world_size)
+        for image, label in images:
+            with drawn_from(draw.randrange(2**62)):
+                yield self.transform(image.convert("RGB")), int(label), ()
+
+
+def collate(batch: list[Item]) -> tuple[Tensor, Tensor, list[str]]:
+    """→ images (B, 3, H, W), labels (B,), of which `NONE` has a blank for an image, and names of unreadable ones."""
+    there = [image for image, label, _ in batch if label != NONE]
+    blank = torch.zeros_like(there[0]) if there else torch.zeros(3, 1, 1)
+    images = torch.stack([image if label != NONE else blank for image, label, _ in batch])
+    labels = torch.tensor([label for _, label, _ in batch])
+    return images, labels, [name for _, _, names in batch for name in names]
+
+
+def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tuple[DataLoader, int]:
+    """Shuffled batches of augmented images, and how many of them make an epoch on every process.
+
+    Raises:
+        ValueError: there are fewer images than processes, or than one batch of all of them.
+    """
+    if len(data) < process.world_size:
+        raise ValueError(f"{process.world_size} processes for {len(data)} training images: start fewer processes")
+    transform = training_transform(args)
+    views: Any
+    sampler: Any
+    if isinstance(data, IterableDataset):
+        views, sampler = Stream(data, transform, args.seed, process, train=True), None
+        length = len(data)  # type: ignore[arg-type]  # of this process: timm's readers divide
+    else:
+        sharded = isinstance(data, Shards)
+        among: dict[str, Any] = {"num_replicas": process.world_size, "rank": process.rank, "shuffle": not sharded}
+        if args.repeated_aug:
+            order: Any = RepeatAugSampler(data, num_repeats=args.aug_repeats or REPEATS, **among)
+        else:
+            order = DistributedSampler(data, seed=args.seed, drop_last=True, **among)
+        if sharded:
+            order = ShardOrder(data.ends, order, args.seed)
+        sampler = SeededSampler(order, args.seed, process.rank)
+        views = Views(data, transform)
+        length = len(sampler)
+    batches = length // args.batch_size
+    if batches < 1:
+        raise ValueError(
+            f"{length} training images a process are fewer than one batch: --batch-size {args.batch_size} must shrink"
+        )
+    loader = DataLoader(
+        views,
+        batch_size=args.batch_size,
+        sampler=sampler,
+        drop_last=True,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and process.device.type == "cuda",
+        persistent_workers=args.num_workers > 0,
+        collate_fn=collate,
+        worker_init_fn=signals.ignore,
+        generator=torch.Generator(),  # else the first pass of each start draws from the generator of the drops
+    )
+    return loader, batches
+
+
+def batches_of(loader: DataLoader, epoch: int, done: int = 0) -> Iterator[Any]:
+    """The batches of an epoch after the first `done`, which only a stream has to read again."""
+    set_epoch(loader, epoch)
+    if isinstance(loader.sampler, SeededSampler):
+        loader.sampler.start = done * (loader.batch_size or 1)
+        return iter(loader)
+    return islice(loader, done, None)
+
+
+def set_epoch(loader: DataLoader, epoch: int) -> None:
+    """Tells a loader which epoch's order and augmentation come next."""
+    for ordered in (loader.sampler, loader.dataset):
+        if hasattr(ordered, "set_epoch"):
+            ordered.set_epoch(epoch)
+
+
+def evaluation_loader(args: argparse.Namespace, data: Any, process: Process) -> DataLoader:
+    """This process's share of the evaluation images; the shares of all processes hold each image exactly once."""
+    if isinstance(data, IterableDataset):
+        views: Any = Stream(data, evaluation_transform(args), args.seed, process, train=False)
+        order = None
+    else:
+        views = Views(data, evaluation_transform(args), replace=False)
+        order = [(index, 0) for index in range(process.rank, len(data), process.world_size)]
+    return DataLoader(
+        views,
+        batch_size=int(1.5 * args.batch_size),
+        sampler=order,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and process.device.type == "cuda",
+        collate_fn=collate,
+        worker_init_fn=signals.ignore,
+    )
+
+
+def training_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tensor]:
+    """timm's training transform. With `args.src` a resize and a crop after padding by 4 pixels stand in for the random
+    resized crop."""
+    crop, change, finish = create_transform(
+        args.input_size,
+        is_training=True,
+        scale=tuple(args.scale),
+        ratio=tuple(args.ratio),
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        separate=True,
+    )
+    if args.src:
+        crop.transforms[0] = transforms.Compose(
+            [
+                transforms.Resize(args.input_size, interpolation=InterpolationMode.BICUBIC),
+                transforms.RandomCrop(args.input_size, padding=4, padding_mode="reflect"),
+            ]
+        )
+    return transforms.Compose([crop, change, finish])
+
+
+def evaluation_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tensor]:
+    """Resize to int(size / eval_crop_ratio), bicubic, and crop the centre."""
+    return create_transform(
+        args.input_size, interpolation="bicubic", crop_pct=args.eval_crop_ratio, crop_mode=args.crop_mode
+    )
+
+
+def create_mixup(args: argparse.Namespace, classes: int) -> Mixup | None:
+    """timm's mixup and CutMix, or None where both are off."""
+    if not mixup_active(args):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=classes,
+    )
