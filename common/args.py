@@ -25,6 +25,7 @@ from common.recipe import Recipe
 DIGITS = "DIGITS"
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", DIGITS)
 TIMM_READERS = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")
+STREAMS = ("hfids/", "tfds/")  # of these, read only from front to back
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "constant", "wsd", "rsqrt", "plateau", "none")
 INTERPOLATIONS = ("random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
@@ -35,7 +36,7 @@ UNOFFERED = {"src": False, "train_mode": True, "aug_repeats": 0, "zip": False, "
 # what may differ between a run and its continuation without making another run of it
 MAY_CHANGE = {"output_dir", "resume", "eval", "device", "num_workers", "pin_mem", "log_interval", "data_path",
               "data_dir", "dist_eval", "start_epoch", "compile", "channels_last", "variant", "save_freq",
-              "throughput", "cfg", "opts", "checkpoint_hist"}  # fmt: skip
+              "throughput", "cfg", "opts", "checkpoint_hist", "save_every", "keep_last", "data_timeout"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -167,7 +168,8 @@ def check(args: argparse.Namespace) -> None:
                 "num_workers": 0, "augsub_block": 1, "save_freq": 1, "start_epoch": 0, "warmup_epochs": 0,
                 "cooldown_epochs": 0, "recount": 1, "lr": 0, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0,
                 "mixup": 0, "cutmix": 0, "bce_target_thresh": 0, "clip_grad": 0,
-                "checkpoint_hist": 0, "patience_epochs": 0}  # fmt: skip
+                "checkpoint_hist": 0, "patience_epochs": 0, "save_every": 0, "keep_last": 1,
+                "data_timeout": 0}  # fmt: skip
     for name, least in at_least.items():
         value = getattr(args, name)
         if value is not None and not value >= least:
@@ -241,7 +243,13 @@ def create_parser(recipe: Recipe) -> Parser:
     add("--save-freq", type=int, default=1, help="epochs between checkpoints; the last and the best are always kept")
     add("--dist-eval", action=switch, default=False, help="kept for upstream's sake: evaluation is always shared out "
         "over the processes, each image counted once")  # fmt: skip
+    add("--save-every", type=int, default=0, help="optimizer steps between checkpoints in the middle of an epoch; "
+        "0 for none")  # fmt: skip
+    add("--keep-last", type=int, default=2, help="how many of the last checkpoints are kept, for where the newest is "
+        "damaged")  # fmt: skip
     add("--seed", type=int, default=0)
+    add("--deterministic", action=switch, default=False, help="only kernels that give the same bits each time, also on "
+        "a GPU")  # fmt: skip
     add("--device", default=None, help="cuda or cpu; the GPU where there is one")
     add("--amp", choices=("bf16", "fp16", "off"), default=None, help="autocast; bf16 where the hardware has it")
     add("--compile", action=switch, default=False, help="torch.compile the model")
@@ -339,6 +347,8 @@ def create_parser(recipe: Recipe) -> Parser:
     add("--eval-crop-ratio", "--crop-pct", type=float, default=0.875, help="share of the resized image that is kept")
     add("--num-workers", "--workers", type=int, default=min(10, os.cpu_count() or 1),
         help="data-loading processes of each process; 10, or as many as there are cores")  # fmt: skip
+    add("--data-timeout", type=int, default=600, help="seconds without a batch after which a data-loading process "
+        "counts as hung; 0 waits for ever")  # fmt: skip
     add("--pin-mem", action=switch, default=True, help="page-locked host memory for transfers to the GPU")
 
     parser.set_defaults(**UNOFFERED)

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, loaded without running code, from us, from upstream and from timm.
+"""Checkpoints: the newest, those before it and the best; from us, from upstream and from timm.
 
 Ours hold `model`, `model_ema`, `optimizer`, `scaler`, `epoch`, `best` and `args`, with weights under timm's own names,
 so `timm.create_model(name, checkpoint_path=…)` takes them as they are. AugSub's mask token, which timm's models do not
@@ -7,26 +7,27 @@ have, stands apart under `mask_tokens`.
 
 from __future__ import annotations
 
-import argparse
 import os
-import pickle
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
+from common.files import keep_as, load, write
+
+LAST, BEST, BEFORE = "checkpoint.pth", "best_checkpoint.pth", "previous_checkpoint_{}.pth"
 MASK_TOKENS = "mask_tokens"
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint aside, flushes it to disk and renames it, so that `path` is never half a file.
+def save(path: Path, state: dict[str, Any], keep: int = 1) -> None:
+    """Writes a checkpoint; `path` is never half a file.
+
+    Args:
+        path: of the newest.
+        state: on the CPU.
+        keep: how many of the last ones there are to be, the newest included.
 
     Raises:
         OSError: the folder is not writable or the disk is full; what was at `path` before is still there.
@@ -36,61 +37,28 @@ def save(path: Path, state: dict[str, Any]) -> None:
         for name, weight in (state.get(part) or {}).items():
             if weight.is_floating_point() and not weight.isfinite().all():
                 raise FloatingPointError(f"{name} of the {part} holds values that are not finite")
-    with replacing(path) as file:
-        written: Any = _Written(file)
-        try:
-            torch.save(without_mask_token(state), written)
-        except RuntimeError as error:  # torch's own word for a write that failed
-            raise written.error or error from error
+    write(path, without_mask_token(state), lambda: make_way(path, keep))
 
 
-class _Written:
-    """A file that remembers what a write failed with."""
+def make_way(path: Path, keep: int) -> None:
+    """Gives the checkpoint at `path` the name of the one before, and that one's the one before it, up to `keep`.
 
-    def __init__(self, file: Any):
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
+    Killed at any moment it leaves each of them under some name, and doing it again makes it good.
+    """
+    names = [path, *(path.with_name(BEFORE.format(number)) for number in range(1, keep))]
+    if path.exists() and len(names) > 1 and not (names[1].exists() and names[1].samefile(path)):
+        for number in range(len(names) - 1, 1, -1):
+            if names[number - 1].exists():
+                os.replace(names[number - 1], names[number])
+        keep_as(path, names[1])
+    for beyond in set(path.parent.glob(BEFORE.format("*"))) - set(names):
+        beyond.unlink(missing_ok=True)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """Gives a file to write and puts it in `path`'s place at the end; if the body raises, `path` stays as it was."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def keep_as(path: Path, other: Path) -> None:
-    """Makes `other` a second name of the file at `path`, or a copy where the file system has no second names."""
-    aside = other.with_name(f".{other.name}.{os.getpid()}.part")
-    try:
-        aside.unlink(missing_ok=True)
-        try:
-            os.link(path, aside)
-        except OSError:
-            shutil.copyfile(path, aside)
-        os.replace(aside, other)
-    finally:
-        aside.unlink(missing_ok=True)
+def generations(folder: Path) -> Iterator[Path]:
+    """The checkpoints to go on from that a run's folder has, the newest first and the best last."""
+    before = sorted(folder.glob(BEFORE.format("*")), key=lambda path: (len(path.name), path.name))
+    yield from (path for path in (folder / LAST, *before, folder / BEST) if path.exists())
 
 
 def without_mask_token(state: dict[str, Any]) -> dict[str, Any]:
@@ -103,33 +71,6 @@ def without_mask_token(state: dict[str, Any]) -> dict[str, Any]:
     return moved | {MASK_TOKENS: tokens}
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU: torch's format with tensors and plain values only, or safetensors.
-
-    Raises:
-        ValueError: there is no such file, it is cut short, no checkpoint, or carries code. Nothing of it was run.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            return {"model": load_file(path)}
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # garbage can make an unpickler raise anything
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # names a function or a class
-            raise ValueError(
-                f"{path}: refused, since it carries code to run on loading, where a checkpoint needs tensors and "
-                "plain values only"
-            ) from error
-        what = "empty" if path.stat().st_size == 0 else "cut short, or no checkpoint"
-        raise ValueError(f"{path}: the file is {what}") from error
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{path}: this is no checkpoint, but a {type(content).__name__} of other things")
-    return content
-
-
 def weights(content: dict[str, Any], part: str = "model") -> dict[str, Tensor]:
     """The state dict in a checkpoint of ours, of upstream, of timm's, or in a bare one."""
     for key in (part, "state_dict"):
@@ -137,8 +78,6 @@ def weights(content: dict[str, Any], part: str = "model") -> dict[str, Tensor]:
             content = content[key]
             break
     state = clean_state_dict({k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)})
-    if any(weight.layout is not torch.strided or weight.is_quantized for weight in state.values()):
-        raise ValueError("its weights are sparse or quantized")
     if not state:
         raise ValueError("it holds no weights")
     return state
@@ -170,7 +109,7 @@ def load_weights(
     content = load(path) if content is None else content
     try:
         state = adapt(weights(content, part), model)
-    except ValueError as error:
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:  # of shapes that no architecture has
         raise ValueError(f"{path}: {error}") from error
     own = model.state_dict()
     if "mask_token" in own:  # AugSub's, which a plain run's checkpoint does not have
@@ -186,6 +125,8 @@ def load_weights(
                     nn.init.trunc_normal_(state[name], std=head_std) if own[name].ndim > 1 else state[name].zero_()
     differences = [f"{name} {tuple(state[name].shape)} where the model has {tuple(own[name].shape)}"
                    for name in own if name in state and state[name].shape != own[name].shape]  # fmt: skip
+    differences += [f"{name} of {state[name].dtype} where the model has {own[name].dtype}"
+                    for name in own if name in state and kind_of(state[name]) != kind_of(own[name])]  # fmt: skip
     differences += [f"{name} is missing" for name in own if name not in state]
     differences += [f"{name} is none of the model's" for name in state if name not in own]
     if differences:
@@ -194,6 +135,11 @@ def load_weights(
     if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
         raise ValueError(f"{path} holds weights that are not finite")
     model.load_state_dict(state)
+
+
+def kind_of(weight: Tensor) -> tuple[bool, bool]:
+    """Whether the values are real, and whether complex; what is neither counts something."""
+    return weight.is_floating_point(), weight.is_complex()
 
 
 def _classifier_names(model: nn.Module) -> list[str]:

@@ -137,6 +137,15 @@ def all_gather(value: Any) -> list[Any]:
     return parts
 
 
+def from_main(value: Any) -> Any:
+    """What the main process has."""
+    if not _distributed():
+        return value
+    parts = [value]
+    torch_dist.broadcast_object_list(parts)
+    return parts[0]
+
+
 def any_of(flag: bool) -> bool:
     """Whether the flag is set on any process."""
     return any(all_gather(flag))

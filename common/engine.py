@@ -17,16 +17,13 @@ from torch import Tensor, nn
 
 from common.augsub import AugSub, Criterion
 from common.dist import Process, all_min, all_sum, all_union, any_of
+from common.errors import StopTraining
 from common.loader import NONE, UNREADABLE_SHARE
 from common.recipe import SetLR
 
 Batch = tuple[Tensor, Tensor, list[str]]  # images (B, 3, H, W), labels (B,) or NONE, names of unreadable images
 UNREADABLE_THEN = {"training": "another takes its place", "evaluation": "it is not counted"}
 NEVER = 2.0**52  # a step no run reaches, and exact in float64
-
-
-class StopTraining(Exception):
-    """Training cannot go on; the message says why, and what is left. One process alone may raise it."""
 
 
 @dataclass
@@ -126,30 +123,45 @@ class Report:
     seen: int  # images since the last report
 
 
+@dataclass
+class Watch:
+    """What is told of an epoch while it is trained, on every process.
+
+    Args:
+        interval: updates between reports.
+        say: is handed each report.
+        tick: is called after each update.
+        asked: whether this process is asked to stop. A single one does after its update; several agree at a report.
+        save_every: updates, counted over the whole run, between positions to save; 0 for none.
+        save: is handed each of them.
+    """
+
+    interval: int
+    say: Callable[[Report], None]
+    tick: Callable[[], None] = lambda: None
+    asked: Callable[[], bool] = lambda: False
+    save_every: int = 0
+    save: Callable[[Position], None] = lambda position: None
+
+
 def train_one_epoch(
     trainer: Trainer,
     loader: Iterable[Batch],
     batches: int,
     epoch: int,
-    interval: int,
-    say: Callable[[Report], None],
+    watch: Watch,
     unreadable: Unreadable,
-    tick: Callable[[], None] = lambda: None,
-    asked: Callable[[], bool] = lambda: False,
     begin: Position | None = None,
 ) -> dict[str, float]:
-    """Trains for one epoch. The host waits for the device only at every `interval`-th update, and at the last.
+    """Trains for one epoch. The host waits for the device only at a report, at a position to save, and at the end.
 
     Args:
         trainer: model, optimizer and the rest.
         loader: batches on the host, from where `begin` stands.
         batches: how many of them make the epoch; the same on every process.
         epoch: counted from 0.
-        interval: updates between reports.
-        say: is handed each report, on every process.
+        watch: is told how it goes.
         unreadable: counts the images that could not be read.
-        tick: is called after each update, on every process.
-        asked: whether this process is asked to stop. A single one does after its update; several agree at a report.
         begin: where an earlier start was interrupted.
 
     Returns:
@@ -170,7 +182,7 @@ def train_one_epoch(
         done, rates, total = begin.update, begin.rates, torch.tensor(begin.total, dtype=torch.float64)
         if begin.window:
             window.load(begin.window)
-    earlier = window.seen
+    earlier, where = window.seen, f"of {updates} in epoch {epoch + 1}"
     start = time.perf_counter()
     stream = islice(loader, batches - done * trainer.accumulate)
     for chunk in _chunks(stream, trainer.accumulate):
@@ -185,19 +197,24 @@ def train_one_epoch(
         trainer.update()
         lr = max(group["lr"] for group in trainer.optimizer.param_groups)
         rates += lr
-        tick()
-        if done % interval == 0 or done == updates:
-            sums = window.reduce(f"of {updates} in epoch {epoch + 1}")
+        watch.tick()
+        if done % watch.interval == 0 or done == updates:
+            sums = window.reduce(where)
             unreadable.check(UNREADABLE_SHARE)
             total += sums
             seen, *means = sums.tolist()
             now = time.perf_counter()
-            say(Report(done, updates, means[0] / seen, means[1] / seen if passes == 2 else None, lr,
+            watch.say(Report(done, updates, means[0] / seen, means[1] / seen if passes == 2 else None, lr,
                        (seen - earlier) / (now - start), int(seen)))  # fmt: skip
             start, earlier = now, 0
-        agreed = any_of(asked()) if alone or done % interval == 0 else False
-        if agreed and done != updates:
-            raise Interrupted(Position(done, rates, total.tolist(), window.dump()))
+        agreed = any_of(watch.asked()) if alone or done % watch.interval == 0 else False
+        due = watch.save_every and (epoch * updates + done) % watch.save_every == 0
+        if (agreed or due) and done != updates:
+            window.check(where)
+            position = Position(done, rates, total.tolist(), window.dump())
+            if agreed:
+                raise Interrupted(position)
+            watch.save(position)
     if done != updates:
         raise StopTraining(f"the data ended after {done} of {updates} steps of epoch {epoch + 1}")
     seen, *losses = total.tolist()
@@ -243,11 +260,19 @@ class _Losses:
         self.seen = int(state[0])
         self.sums = torch.tensor(state[1:], dtype=torch.float64, device=self.device)
 
-    def reduce(self, where: str) -> Tensor:
-        """Images seen and sums of losses over all processes, (1 + passes,) on the host; starts anew."""
+    def check(self, where: str) -> None:
+        """Raises StopTraining on all processes if a loss on any of them was not finite."""
         first_bad = all_min(self.first_bad).item()
         if first_bad < NEVER:
             raise StopTraining(f"the loss was not finite at step {int(first_bad)} {where}")
+
+    def reduce(self, where: str) -> Tensor:
+        """Images seen and sums of losses over all processes, (1 + passes,) on the host; starts anew.
+
+        Raises:
+            StopTraining: on all of them, where a loss was not finite.
+        """
+        self.check(where)
         seen = torch.tensor([self.seen], dtype=torch.float64, device=self.device)
         sums = all_sum(torch.cat([seen, self.sums])).cpu()
         self.clear()

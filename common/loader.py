@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import random
+import signal
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -48,11 +50,13 @@ class Views(Dataset):
 
     Item (index, seed) → (image (3, H, W), label, names of what could not be read: none or one). Where `replace` is set
     another image, drawn at random, takes the place of one that cannot be read; else, and where a hundred drawn in its
-    place cannot be read either, there is no image and the label is `NONE`.
+    place cannot be read either, there is no image and the label is `NONE`. `busy_with` tells in the main process what
+    each of `workers` loader processes is at.
     """
 
-    def __init__(self, data: Any, transform: Callable[[Image.Image], Tensor], replace: bool = True):
+    def __init__(self, data: Any, transform: Callable[[Image.Image], Tensor], replace: bool = True, workers: int = 0):
         self.data, self.transform, self.replace = data, transform, replace
+        self.at = torch.full((max(workers, 1),), -1).share_memory_()
         if hasattr(data, "_max_retries"):  # timm replaces unreadable images too, without a count
             data._max_retries = 1
 
@@ -63,15 +67,25 @@ class Views(Dataset):
         index, seed = place
         others = random.Random(seed)
         at = index
+        worker = torch.utils.data.get_worker_info()
+        slot = worker.id if worker is not None else 0
+        self.at[slot] = index
         unreadable: tuple[str, ...] = ()
         for _ in range(100 if self.replace else 1):
             try:
                 image, label = self.data[at]
                 with drawn_from(seed):
-                    return self.transform(image.convert("RGB")), int(label), unreadable
+                    tensor = self.transform(image.convert("RGB"))
+                self.at[slot] = -1
+                return tensor, int(label), unreadable
             except UNREADABLE:
                 unreadable, at = (self.name_of(index),), others.randrange(len(self))
+        self.at[slot] = -1
         return torch.zeros(3, 1, 1), NONE, unreadable
+
+    def busy_with(self) -> list[str]:
+        """The images that loader processes are at."""
+        return [self.name_of(index) for index in self.at.tolist() if index >= 0]
 
     def name_of(self, index: int) -> str:
         """Path of an image, or what else names it."""
@@ -225,7 +239,7 @@ def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tu
         if sharded:
             order = ShardOrder(data.ends, order, args.seed)
         sampler = SeededSampler(order, args.seed, process.rank)
-        views = Views(data, transform)
+        views = Views(data, transform, workers=args.num_workers)
         length = len(sampler)
     batches = length // args.batch_size
     if batches < 1:
@@ -238,6 +252,7 @@ def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tu
         sampler=sampler,
         drop_last=True,
         num_workers=args.num_workers,
+        timeout=args.data_timeout if args.num_workers else 0,
         pin_memory=args.pin_mem and process.device.type == "cuda",
         persistent_workers=args.num_workers > 0,
         collate_fn=collate,
@@ -256,6 +271,28 @@ def batches_of(loader: DataLoader, epoch: int, done: int = 0) -> Iterator[Any]:
     return islice(loader, done, None)
 
 
+def failure_of(loader: DataLoader | None, error: BaseException) -> str | None:
+    """What PyTorch says where loader processes hang or die, in our words; None where it is of something else."""
+    if loader is None or not isinstance(error, RuntimeError):
+        return None
+    if "DataLoader timed out" in str(error):
+        busy = loader.dataset.busy_with() if isinstance(loader.dataset, Views) else []
+        where = f"; they hang at {', '.join(busy)}" if busy else ""
+        return f"the data-loading processes gave no batch for {loader.timeout:g} s (--data-timeout){where}"
+    if "DataLoader worker" in str(error):
+        return ("a data-loading process was killed, as it is where memory runs out; fewer --num-workers need less; the "
+                "same command goes on from the last checkpoint")  # fmt: skip
+    return None
+
+
+def end_processes() -> None:
+    """Ends the loader processes, also those that hang."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise over their end
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 def set_epoch(loader: DataLoader, epoch: int) -> None:
     """Tells a loader which epoch's order and augmentation come next."""
     for ordered in (loader.sampler, loader.dataset):
@@ -269,13 +306,14 @@ def evaluation_loader(args: argparse.Namespace, data: Any, process: Process) -> 
         views: Any = Stream(data, evaluation_transform(args), args.seed, process, train=False)
         order = None
     else:
-        views = Views(data, evaluation_transform(args), replace=False)
+        views = Views(data, evaluation_transform(args), replace=False, workers=args.num_workers)
         order = [(index, 0) for index in range(process.rank, len(data), process.world_size)]
     return DataLoader(
         views,
         batch_size=int(1.5 * args.batch_size),
         sampler=order,
         num_workers=args.num_workers,
+        timeout=args.data_timeout if args.num_workers else 0,
         pin_memory=args.pin_mem and process.device.type == "cuda",
         collate_fn=collate,
         worker_init_fn=signals.ignore,

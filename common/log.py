@@ -16,8 +16,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common.checkpoint import replacing
-from common.engine import Report, StopTraining
+from common.engine import Report
+from common.errors import StopTraining
+from common.files import replacing
 
 LOG, CURVES, SUMMARY = "log.txt", "tensorboard", "summary.csv"
 

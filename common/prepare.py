@@ -6,6 +6,7 @@ import argparse
 import inspect
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -29,12 +30,14 @@ from common.augsub import AugSub
 from common.data import check_classes, open_data_set
 from common.dist import Process
 from common.engine import Trainer, Unreadable
+from common.files import remove_parts, replacing
 from common.loader import create_mixup, evaluation_loader, training_loader
 from common.log import Log
 from common.masking import PixelMask, TokenMask
 from common.recipe import Recipe, create_optimizer
-from common.resume import Start, fetch, plain, restore, resume_from
+from common.resume import Source, Start, fetch, plain, put_in_order, restore, resume_from
 from common.signals import Request
+from common.writer import Writer
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = "args.json"
@@ -56,10 +59,10 @@ class Job:
     unreadable_val: Unreadable  # among the evaluation images
     log: Log
     folder: Path | None  # for checkpoints and logs
-    source: str  # the checkpoint that it goes on from, or ""
     start: Start
     best: dict[str, float]  # "acc1" and its "epoch"; empty before the first
     request: Request = field(default_factory=Request)  # to stop
+    writer: Writer = field(default_factory=Writer)  # of checkpoints
     stopped: str | None = None  # the signal that asked to
 
 
@@ -74,11 +77,13 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
     train_data = val_data if not training else open_data_set(args, train=True)
     classes = count_classes(args, check_classes(train_data, val_data))
     check_targets(args, classes)
-    source = resume_from(args)
+    source = resume_from(args, process)
 
+    if args.deterministic:
+        use_deterministic_kernels()
     dist.seed_everything(args.seed)
     model = create_model(recipe, args, classes)
-    if args.finetune and not source:
+    if args.finetune and source is None:
         checkpoint.load_weights(
             model, fetch(args.finetune), recipe.adapt_weights, new_head=training, head_std=recipe.new_head_std
         )
@@ -92,7 +97,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
     check_images(model, args, process.device)
     check_mask(augsub, model, args)
     ema = None
-    if args.model_ema and (training or source):
+    if args.model_ema and (training or source is not None):
         ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
 
     train_loader, batches = training_loader(args, train_data, process) if training else (None, 1)
@@ -119,9 +124,9 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
         memory_format=memory_format,
         train_mode=args.train_mode,
     )
-    start = restore(recipe, args, source, trainer) if source else Start(args.start_epoch)
+    start = restore(recipe, args, source, trainer) if source is not None else Start(args.start_epoch)
     folder = Path(args.output_dir) if training and args.output_dir else None
-    log = open_folder(recipe, args, process, folder, start, updates)
+    log = open_folder(recipe, args, process, folder, source, start, updates)
     for line in (*describe(recipe, args, process, trainer, classes, updates), *start.notes):
         log.line(line)
     return Job(
@@ -137,7 +142,6 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
         unreadable_val=Unreadable(len(val_data), "evaluation", log.line),  # type: ignore[arg-type]
         log=log,
         folder=folder,
-        source=source,
         start=start,
         best=start.best,
     )
@@ -214,6 +218,13 @@ def check_images(model: nn.Module, args: argparse.Namespace, device: torch.devic
         model.train(training)
 
 
+def use_deterministic_kernels() -> None:
+    """Has PyTorch refuse kernels whose result hangs on timing; cuBLAS reads its part when the GPU is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def autocast_dtype(amp: str | None, device: torch.device) -> torch.dtype | None:
     """dtype of mixed precision; by default bfloat16 where the hardware computes in it, else none."""
     if amp is None:
@@ -239,7 +250,13 @@ def wrapped(model: nn.Module, args: argparse.Namespace, process: Process) -> nn.
 
 
 def open_folder(
-    recipe: Recipe, args: argparse.Namespace, process: Process, folder: Path | None, start: Start, updates: int
+    recipe: Recipe,
+    args: argparse.Namespace,
+    process: Process,
+    folder: Path | None,
+    source: Source | None,
+    start: Start,
+    updates: int,
 ) -> Log:
     """Creates the output folder, writes the settings of this start into it, and opens the logs.
 
@@ -249,7 +266,10 @@ def open_folder(
     try:
         if folder is not None and process.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            with checkpoint.replacing(folder / SETTINGS) as file:
+            remove_parts(folder)
+            if source is not None:
+                put_in_order(source)
+            with replacing(folder / SETTINGS) as file:
                 file.write(json.dumps(settings(args, process), indent=2).encode())
         update = start.position.update if start.position is not None else 0
         return Log(folder, process.is_main, start.epoch, updates, args.epochs, recipe.curve_steps, args.log_dir, update)

@@ -17,13 +17,16 @@ from timm.utils import distribute_bn
 
 from common import checkpoint, dist
 from common.args import parse
-from common.engine import Interrupted, Position, StopTraining, autocast, evaluate, train_one_epoch
-from common.loader import NONE, batches_of
+from common.engine import Interrupted, Position, Watch, autocast, evaluate, train_one_epoch
+from common.errors import StopTraining
+from common.files import keep_as
+from common.loader import NONE, batches_of, end_processes, failure_of
 from common.log import CURVES, duration, entries
 from common.prepare import SETTINGS, Job, prepare
 from common.recipe import Recipe
 from common.resume import own_state, plain, set_own_state
 from common.signals import listening, stop_printing
+from common.writer import snapshot
 
 
 def run(recipe: Recipe, argv: Sequence[str] | None = None) -> str | None:
@@ -50,14 +53,22 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> str | None:
                 raise
             leave(str(error), 2)
         except StopTraining as stop:
+            if job is not None:
+                job.writer.settle()
             leave(f"training stopped: {stop}", 2)
         except KeyboardInterrupt:
+            if job is not None:
+                job.writer.settle(seconds=1.0)
             saved = job is not None and job.folder is not None and (job.folder / checkpoint.LAST).exists()
             leave("interrupted" + ("; the same command continues from the last checkpoint" if saved else ""), 130)
         except BrokenPipeError:
             stop_printing()
             raise Leaving("", 141) from None
-        except Exception:
+        except Exception as error:
+            loaders = [job.train_loader, job.val_loader] if job is not None else []
+            sentence = next(filter(None, (failure_of(loader, error) for loader in loaders)), None)
+            if sentence is not None:
+                leave(f"training stopped: {sentence}", 2)
             if not dist.is_first_to_leave():  # what fails here fails for want of another, whose traceback tells more
                 raise Leaving("", 2) from None
             raise
@@ -79,7 +90,8 @@ class Leaving(SystemExit):
 
 
 def leave(sentence: str, status: int) -> NoReturn:
-    """Ends the process; the first of several says why."""
+    """Ends the process and those that load its data; the first of several says why."""
+    end_processes()
     if not dist.is_first_to_leave():
         raise Leaving("", status)
     print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
@@ -95,9 +107,9 @@ def train(job: Job) -> None:
     args, log = job.args, job.log
     parameters = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     began = time.time()
-    whole = job.start.position is None  # the checkpoint is that of a whole epoch
-    if whole and job.process.is_main and job.folder is not None and job.source == str(job.folder / checkpoint.LAST):
-        keep(job, job.start.epoch - 1)  # an earlier start may have been cut off before it had
+    whole = job.start.continues and job.start.position is None  # its checkpoint is that of a whole epoch
+    if whole and job.process.is_main and job.folder is not None:  # an earlier start may have been cut off before
+        keep(job.folder, job.start.epoch - 1, job.best, args.checkpoint_hist)
     if job.start.epoch >= args.epochs:
         log.line(f"all {args.epochs} epochs are trained already")
     job.request.gently = True
@@ -113,11 +125,8 @@ def train(job: Job) -> None:
                 batches_of(job.train_loader, epoch, begin.update * args.accum_iter if begin is not None else 0),
                 job.batches,
                 epoch,
-                args.log_interval,
-                lambda report, epoch=epoch: log.report(epoch, report),  # type: ignore[misc]
+                watching(job, epoch),
                 job.unreadable,
-                log.tick,
-                lambda: bool(job.request),
                 begin,
             )
         except Interrupted as stop:
@@ -146,9 +155,33 @@ def train(job: Job) -> None:
         if epoch + 1 < args.epochs and dist.any_of(bool(job.request)):
             pause(job, epoch + 1)
             return
+    job.writer.wait()
     if job.recipe.summary:
         log.summary()  # where an earlier start was cut off before it
     summarise(job, time.time() - began)
+
+
+def watching(job: Job, epoch: int) -> Watch:
+    """What becomes of an epoch's reports and positions."""
+
+    def tick() -> None:
+        job.log.tick()
+        job.writer.check()
+
+    def save_position(position: Position) -> None:
+        own = dist.all_gather(own_state(job.trainer, position))
+        if job.process.is_main:
+            save(job, epoch - 1, position, own)
+
+    every = job.args.save_every if job.args.output_dir else 0
+    return Watch(
+        interval=job.args.log_interval,
+        say=lambda report: job.log.report(epoch, report),
+        tick=tick,
+        asked=lambda: bool(job.request),
+        save_every=every,
+        save=save_position,
+    )
 
 
 def pause(job: Job, epoch: int, position: Position | None = None) -> None:
@@ -168,50 +201,56 @@ def pause(job: Job, epoch: int, position: Position | None = None) -> None:
                 save(job, epoch - 1, position, own)
             elif not saved:
                 save(job, epoch - 1)
+            job.writer.wait()
     job.stopped = next(name for name in dist.all_gather(job.request.by) if name is not None)
     job.log.line(f"asked to stop ({job.stopped}): stopped {where}; {again}")
 
 
 def save(job: Job, epoch: int, position: Position | None = None, own: list[dict[str, Any]] | None = None) -> None:
-    """Writes the checkpoint of an epoch, under all its names; or with a position that of the middle of the next one."""
+    """Copies the state after an epoch, or at a position in the middle of the next one, and has it written in the
+    background, under all its names."""
     assert job.folder is not None
-    trainer = job.trainer
-    state = {
+    trainer, folder, best = job.trainer, job.folder, dict(job.best)
+    job.writer.wait()  # at most one copy at a time
+    state = snapshot({
         "model": job.model.state_dict(),
         "model_ema": trainer.ema.module.state_dict() if trainer.ema is not None else None,
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "epoch": epoch,
-        "best": job.best,
+        "best": best,
         "args": plain(vars(job.args)),
         "processes": job.process.world_size,
         "position": dataclasses.asdict(dataclasses.replace(position, window=[])) if position is not None else None,
         "own": own,
-    }
-    path = job.folder / checkpoint.LAST
-    try:
-        checkpoint.save(path, state)
-    except (OSError, RuntimeError, FloatingPointError) as error:
-        left = "the one before is still there" if path.exists() else "none was written before"
-        raise StopTraining(f"{path} could not be written ({error}); {left}") from error
-    if position is None:
-        keep(job, epoch)
+    })  # fmt: skip
+
+    def write() -> None:
+        path = folder / checkpoint.LAST
+        try:
+            checkpoint.save(path, state, job.args.keep_last)
+        except (OSError, RuntimeError, FloatingPointError) as error:
+            left = "the one before is still there" if path.exists() else "none was written before"
+            raise StopTraining(f"{path} could not be written ({error}); {left}") from error
+        if position is None:
+            keep(folder, epoch, best, job.args.checkpoint_hist)
+
+    job.writer.start(write)
 
 
-def keep(job: Job, epoch: int) -> None:
-    """Keeps the checkpoint of an epoch as the best, if it is, and while it is among the `--checkpoint-hist` of highest
+def keep(folder: Path, epoch: int, best: dict[str, float], history: int) -> None:
+    """Keeps the checkpoint of an epoch as the best, if it is, and while it is among the `history` ones of highest
     accuracy also under its number."""
-    assert job.folder is not None
-    last = job.folder / checkpoint.LAST
+    last = folder / checkpoint.LAST
     try:
-        if job.best.get("epoch") == epoch:
-            checkpoint.keep_as(last, job.folder / checkpoint.BEST)
-        if job.args.checkpoint_hist:
-            checkpoint.keep_as(last, job.folder / f"checkpoint-{epoch}.pth")
-            accuracy = {entry["epoch"]: entry["test_acc1"] for entry in entries(job.folder)}
-            numbered = [path for path in job.folder.glob("checkpoint-*.pth") if path.stem[11:].isdigit()]
+        if best.get("epoch") == epoch:
+            keep_as(last, folder / checkpoint.BEST)
+        if history:
+            keep_as(last, folder / f"checkpoint-{epoch}.pth")
+            accuracy = {entry["epoch"]: entry["test_acc1"] for entry in entries(folder)}
+            numbered = [path for path in folder.glob("checkpoint-*.pth") if path.stem[11:].isdigit()]
             kept = sorted(numbered, key=lambda path: accuracy.get(int(path.stem[11:]), -1.0))
-            for path in kept[: -job.args.checkpoint_hist]:
+            for path in kept[:-history]:
                 path.unlink()
     except OSError as error:
         raise StopTraining(f"{last} could not be kept under a second name ({error})") from error

@@ -22,6 +22,7 @@ import torch  # noqa: E402
 
 from common import checkpoint  # noqa: E402
 from common.dist import is_main_before_start  # noqa: E402
+from common.files import replacing  # noqa: E402
 from common.train import Leaving, run  # noqa: E402
 
 JOB, STATUS = "job.json", "status.json"
@@ -38,7 +39,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file, complete or not at all."""
-    with checkpoint.replacing(path) as file:
+    with replacing(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 

@@ -15,7 +15,7 @@ import torch
 from common import dist
 from common.args import parse
 from common.dist import Process
-from common.engine import Report, train_one_epoch
+from common.engine import Report, Watch, train_one_epoch
 from common.prepare import prepare
 from common.recipe import Recipe
 
@@ -44,7 +44,7 @@ def five_steps(recipe: Recipe, kind: str) -> list[list[float]]:
     try:
         job = prepare(recipe, args, Process(torch.device("cpu")))
         dist.seed_everything(args.seed, 0, 0)
-        train_one_epoch(job.trainer, job.train_loader, 5 * args.accum_iter, 0, 1, note, job.unreadable)
+        train_one_epoch(job.trainer, job.train_loader, 5 * args.accum_iter, 0, Watch(1, note), job.unreadable)
     finally:
         torch.set_num_threads(threads)
     return losses

@@ -6,16 +6,16 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common import checkpoint, train
+from common import files, train
 from common.dist import Process
 from common.engine import Trainer
 from deit.recipe import RECIPE
+from scripts.soak import differences
 
 FLAGS = ["--model", "deit_pico_patch8_LS", "--input-size", "32", "--num-workers", "0", "--batch-size", "8", "--epochs",
          "2", "--warmup-epochs", "0", "--amp", "off", "--reprob", "0", "--aa", "none", "--no-repeated-aug",
@@ -43,17 +43,7 @@ def refused(capsys, *flags: str, status: int = 2) -> str:
 
 
 def final(folder: Path, name: str = "checkpoint.pth") -> dict:
-    return checkpoint.load(folder / name)
-
-
-def differences(some: Any, other: Any, at: str = "") -> list[str]:
-    """Where two checkpoints' contents differ, to the bit."""
-    if isinstance(some, dict) and isinstance(other, dict) and some.keys() == other.keys():
-        return [found for key in some for found in differences(some[key], other[key], f"{at}/{key}")]
-    if isinstance(some, (list, tuple)) and isinstance(other, (list, tuple)) and len(some) == len(other):
-        return [found for i, pair in enumerate(zip(some, other)) for found in differences(*pair, f"{at}/{i}")]
-    same = torch.equal(some, other) if isinstance(some, torch.Tensor) else some == other
-    return [] if same else [at]
+    return files.load(folder / name)
 
 
 def assert_same_bits(some: Path, other: Path, name: str = "checkpoint.pth") -> None:

@@ -208,7 +208,7 @@ def test_what_one_process_alone_finds_is_told(jpegs, tmp_path):
     driver.write_text(f"""
 import os, sys
 sys.path[0] = {str(ROOT)!r}
-from common import engine, prepare
+from common import engine, errors, prepare
 from common.train import run
 from deit.recipe import RECIPE
 
@@ -219,7 +219,7 @@ if second and where == "start":
     prepare.create_mixup = create_mixup
 if second and where == "training":
     def check_labels(labels, classes):
-        raise engine.StopTraining("only here")
+        raise errors.StopTraining("only here")
     engine.check_labels = check_labels
 
 run(RECIPE)

@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from common import checkpoint
+from common import checkpoint, files
 from deit.models import adapt_weights
 from tests.conftest import image, reference, tensor_for
 
@@ -44,14 +44,14 @@ def saved(tmp_path):
 
 
 def test_what_was_saved_comes_back(saved):
-    content = checkpoint.load(saved)
+    content = files.load(saved)
     assert torch.equal(content["model"]["weight"], torch.ones(3))
     assert (content["epoch"], content["args"]) == (4, {"lr": 1.0})
 
 
 @pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt])
 def test_a_save_that_fails_midway_leaves_the_one_before(failure, saved):
-    with pytest.raises(failure), checkpoint.replacing(saved) as file:
+    with pytest.raises(failure), files.replacing(saved) as file:
         file.write(b"half of it")
         file.flush()
         raise failure
@@ -121,18 +121,18 @@ def test_keep_as_is_another_file_that_a_new_save_does_not_touch(links, tmp_path,
         monkeypatch.setattr(os, "link", refuse)
     (tmp_path / "best.pth").write_text("an earlier best")
     checkpoint.save(tmp_path / "last.pth", state(1.0))
-    checkpoint.keep_as(tmp_path / "last.pth", tmp_path / "best.pth")
+    files.keep_as(tmp_path / "last.pth", tmp_path / "best.pth")
     assert (tmp_path / "last.pth").samefile(tmp_path / "best.pth") is links
     checkpoint.save(tmp_path / "last.pth", state(2.0))
-    assert checkpoint.load(tmp_path / "best.pth")["model"]["weight"][0] == 1
-    assert checkpoint.load(tmp_path / "last.pth")["model"]["weight"][0] == 2
+    assert files.load(tmp_path / "best.pth")["model"]["weight"][0] == 1
+    assert files.load(tmp_path / "last.pth")["model"]["weight"][0] == 2
     assert sorted(os.listdir(tmp_path)) == ["best.pth", "last.pth"]
 
 
 def refusal(path: Path) -> str:
     """Why a file is no checkpoint."""
     with pytest.raises(ValueError) as refused:
-        checkpoint.load(path)
+        files.load(path)
     sentence = str(refused.value)
     assert sentence.startswith(f"{path}: ") and "\n" not in sentence
     return sentence

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from common import checkpoint, resume
+from common import checkpoint, files, resume, train
 from deit.recipe import RECIPE
 from tests.conftest import ROOT, command, environment, run, shard_flags
 from tests.runs import (
@@ -134,10 +134,10 @@ def test_a_run_killed_between_its_two_files_has_both_in_the_end(finished, tmp_pa
 
     best = int(final(out)["best"]["epoch"])
     with monkeypatch.context() as patch:
-        keep_as = checkpoint.keep_as
+        keep_as = files.keep_as
         calls: list = []
         patch.setattr(
-            checkpoint, "keep_as", lambda *paths: (calls.append(0), (killed if len(calls) > best else keep_as)(*paths))
+            train, "keep_as", lambda *paths: (calls.append(0), (killed if len(calls) > best else keep_as)(*paths))
         )
         refused(capsys, *flags, "--output-dir", str(tmp_path / "out"), status=130)
     start(*flags, "--output-dir", str(tmp_path / "out"))

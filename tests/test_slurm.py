@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from common import checkpoint
+from common import files
 from scripts.submit import queue, state_of
 from tests.cluster import cluster, missing, wait_for
 from tests.conftest import ROOT, command, environment, make_jpegs
@@ -214,7 +214,7 @@ def test_a_table_of_two_stages(slurm, tmp_path):
     assert log_of(folder / "finetune")[0]["epoch"] == 0
     again = call("reproduce.py", *words, "--append", "--epochs", "1")
     assert "submitted" not in again
-    weights = checkpoint.load(folder / "finetune" / "args.json".replace("args.json", "checkpoint.pth"))
+    weights = files.load(folder / "finetune" / "checkpoint.pth")
     assert weights["args"]["finetune"] == str(folder / "pretrain" / "checkpoint.pth")
 
 
@@ -231,7 +231,7 @@ def test_a_failing_row_does_not_hold_up_the_others(slurm, tmp_path):
     broken.parent.mkdir(parents=True)
     broken.write_text("no checkpoint")
     said_of = call("reproduce.py", *words, "--append", "--epochs", "1")
-    assert f"deit/digits-masking/pretrain: failed: {broken}: the file is cut short, or no checkpoint" in said_of
+    assert f"deit/digits-masking/pretrain: failed: none of the checkpoints in {broken.parent} can be read" in said_of
     assert "deit/digits-masking/finetune: failed: cancelled, by somebody or since the stage before it failed" in said_of
     assert "resnet_rsb/digits-masking/train: done" in said_of
     shown = call("collect.py", "--mini", "--output", str(tmp_path), "--settings=-epochs-1")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import checkpoint, train
+from common import checkpoint, files, train
 from common.args import parse
 from common.augsub import AugSub
 from common.dist import Process
@@ -226,7 +226,7 @@ def test_ours_loads_into_stock_timm_and_resumes_with_the_mask_token(tmp_path, ca
     train.run(RECIPE, flags)
     path = tmp_path / "swin_pico_patch4_window4_32" / "t" / "checkpoint.pth"
     stock = timm.create_model("swin_tiny_patch4_window7_224", checkpoint_path=str(path), **shape)
-    content = checkpoint.load(path)
+    content = files.load(path)
     token = content["mask_tokens"]["model"]
     assert torch.equal(stock.state_dict()["norm.weight"], content["model"]["norm.weight"])
     resumed = train.prepare(RECIPE, parse(RECIPE, flags), Process(torch.device("cpu")))

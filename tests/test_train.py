@@ -23,7 +23,7 @@ import torchvision
 from common import train
 from common.args import parse
 from common.dist import Process
-from common.engine import evaluate, train_one_epoch
+from common.engine import Watch, evaluate, train_one_epoch
 from common.prepare import Job
 from deit.recipe import RECIPE
 from tests.conftest import ROOT, command, environment, run
@@ -50,7 +50,15 @@ def test_what_a_run_says(finished):
 
 def test_what_a_run_writes(finished):
     flags, out, said = finished
-    assert {"args.json", "best_checkpoint.pth", "checkpoint.pth", "log.txt", "tensorboard"} == set(os.listdir(out))
+    names = {
+        "args.json",
+        "best_checkpoint.pth",
+        "checkpoint.pth",
+        "log.txt",
+        "previous_checkpoint_1.pth",
+        "tensorboard",
+    }
+    assert names == set(os.listdir(out))
     entries = log_of(out)
     assert [entry["epoch"] for entry in entries] == [0, 1]
     assert entries[0].keys() == {"train_lr", "train_loss", "train_sub_loss", "test_acc1", "test_acc5", "test_loss",
@@ -147,8 +155,11 @@ def test_finetuning_starts_from_the_weights_with_a_new_head(finished, jpegs):
     assert ours["head.weight"].shape == (4, 64)
     assert all(torch.equal(ours[name], weights[name]) for name in ours if not name.startswith("head."))
     assert differences(job.trainer.ema.module.state_dict(), dict(ours)) == []
-    means = train_one_epoch(job.trainer, job.train_loader, 2, 0, 2, lambda report: None, job.unreadable)
+    means = train_one_epoch(job.trainer, job.train_loader, 2, 0, SILENT, job.unreadable)
     assert means["loss"] < 10 and job.start.epoch == 0
+
+
+SILENT = Watch(2, lambda report: None)
 
 
 def job_for(data: str, *flags: str) -> Job:
@@ -160,7 +171,7 @@ def job_for(data: str, *flags: str) -> Job:
 def epoch_of(job: Job, batches: int | None = None) -> tuple[dict[str, float], list]:
     reports: list = []
     batches = job.batches if batches is None else batches
-    return train_one_epoch(job.trainer, job.train_loader, batches, 0, 1, reports.append, job.unreadable), reports
+    return train_one_epoch(job.trainer, job.train_loader, batches, 0, Watch(1, reports.append), job.unreadable), reports
 
 
 def assert_same_update(job: Job, other: torch.nn.Module, start_of_both: torch.nn.Module) -> None:
@@ -263,7 +274,7 @@ def test_each_way_to_train_learns_and_stays_finite(flags, jpegs):
     base = ["--augsub", "masking", "--data-path", str(jpegs()), "--batch-size", "16"]
     job = train.prepare(RECIPE, parse(RECIPE, [*FLAGS, *base, *flags]), ALONE)
     before = [p.clone() for p in job.model.parameters()]
-    means = train_one_epoch(job.trainer, job.train_loader, 2, 0, 2, lambda report: None, job.unreadable)
+    means = train_one_epoch(job.trainer, job.train_loader, 2, 0, SILENT, job.unreadable)
     assert set(means) == {"lr", "loss"} | ({"sub_loss"} if "none" not in flags else set())
     assert all(0 < value < 10 for value in means.values())
     moved = [not torch.equal(p, b) for p, b in zip(job.model.parameters(), before)]
