@@ -152,8 +152,7 @@ def restore(recipe: Recipe, args: argparse.Namespace, source: Source, trainer: T
     ours = {"best", "processes", "position"} <= content.keys() and isinstance(content.get("args"), dict)
     notes = list(source.notes)
     if ours and not args.eval and source.continues:
-        with of_ours(path):
-            check_settings(args, content, path, trainer.process.world_size)
+        check_settings(args, content, path, trainer.process.world_size)
         if content["processes"] != trainer.process.world_size:
             notes.append(f"begun on {content['processes']} and continued on {trainer.process.world_size} processes, "
                          "the run does not end with the same bits")  # fmt: skip
@@ -196,7 +195,7 @@ def of_ours(path: Path) -> Iterator[None]:
     """Makes the failure to use what a checkpoint of ours should hold a ValueError of one sentence."""
     try:
         yield
-    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the file is damaged, or no checkpoint of this trainer ({error})") from error
 
 
@@ -226,17 +225,18 @@ def check_settings(args: argparse.Namespace, content: dict[str, Any], source: Pa
         ValueError: they would make another run of it.
     """
     before = content["args"]
-    batches = [
-        a["batch_size"] * a["accum_iter"] * n for a, n in ((before, content["processes"]), (vars(args), processes))
-    ]
-    may_change = MAY_CHANGE | ({"batch_size", "accum_iter"} if batches[0] == batches[1] else set())
-    if args.data_set.startswith(STREAMS):
-        may_change -= {"num_workers"}
-    changed = [
-        f"{name} {before[name]} → {value}"
-        for name, value in vars(args).items()
-        if name not in may_change and name in before and plain(value) != plain(before[name])
-    ]
+    with of_ours(source):
+        batches = [
+            a["batch_size"] * a["accum_iter"] * n for a, n in ((before, content["processes"]), (vars(args), processes))
+        ]
+        may_change = MAY_CHANGE | ({"batch_size", "accum_iter"} if batches[0] == batches[1] else set())
+        if args.data_set.startswith(STREAMS):
+            may_change -= {"num_workers"}
+        changed = [
+            f"{name} {before[name]} → {value}"
+            for name, value in vars(args).items()
+            if name not in may_change and name in before and plain(value) != plain(before[name])
+        ]
     if not changed and batches[0] != batches[1]:
         changed = [f"images per step {batches[0]} → {batches[1]}, of {content['processes']} and {processes} processes"]
     if changed:

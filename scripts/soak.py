@@ -180,7 +180,7 @@ class Soak:
             before = count
             while process.poll() is None:
                 try:
-                    process.wait(self.moment(setting))
+                    process.wait(self.moment(setting) if not finished(folder) else None)
                 except subprocess.TimeoutExpired:
                     kind = self.disturb(setting, process)
                     if kind is not None:
