@@ -7,15 +7,18 @@ What is read may come from a stranger or from a disk that fails. Nothing is unpi
 from __future__ import annotations
 
 import argparse
+import errno
+import fcntl
 import hashlib
 import os
 import pickle
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file
@@ -100,6 +103,39 @@ def keep_as(path: Path, other: Path) -> None:
         os.replace(aside, other)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def lock(path: Path, wait: float, say: Callable[[], None]) -> IO[bytes] | None:
+    """Takes a lock that lasts until the file is closed or this process ends, however it does.
+
+    Args:
+        path: of the lock's file.
+        wait: seconds for whoever has it to give it up.
+        say: is called once if there is somebody to wait for.
+
+    Returns:
+        The open file; None where the file system has no locks.
+
+    Raises:
+        TimeoutError: another process has it still.
+    """
+    file = open(path, "ab")  # noqa: SIM115  # to be closed by who asked
+    end = None
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                file.close()
+                return None
+        if end is None:
+            end = time.monotonic() + wait
+            say()
+        if time.monotonic() > end:
+            file.close()
+            raise TimeoutError(f"{path} is locked")
+        time.sleep(0.2)
 
 
 def remove_parts(folder: Path) -> None:

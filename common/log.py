@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -36,6 +36,7 @@ class Log:
         epochs: epochs of the run.
         curve_steps: points of an epoch on the axis of TensorBoard's curves; None counts optimizer steps.
         curves: folder for TensorBoard's curves, where it is not one in `folder`.
+        held: a lock on the folder, to give back in the end.
 
     Raises:
         OSError: the files cannot be begun.
@@ -43,7 +44,9 @@ class Log:
     """
 
     def __init__(self, folder: Path | None, speaks: bool, start_epoch: int, updates: int, epochs: int,
-                 curve_steps: int | None = None, curves: str | None = None, start_update: int = 0):  # fmt: skip
+                 curve_steps: int | None = None, curves: str | None = None, start_update: int = 0,
+                 held: IO[bytes] | None = None):  # fmt: skip
+        self.held = held
         self.curve_steps = curve_steps or updates
         self.folder, self.speaks, self.updates, self.epochs = folder, speaks, updates, epochs
         self.start = start_epoch * updates + start_update
@@ -151,6 +154,8 @@ class Log:
         if self.curves is not None:
             with contextlib.suppress(OSError):  # of a full disk the run has told, or nothing is lost that it needs
                 self.curves.close()
+        if self.held is not None:
+            self.held.close()
 
 
 def _quiet_writer(args: threading.ExceptHookArgs) -> None:

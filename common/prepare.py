@@ -30,17 +30,18 @@ from common.augsub import AugSub
 from common.data import check_classes, open_data_set
 from common.dist import Process
 from common.engine import Trainer, Unreadable
-from common.files import remove_parts, replacing
+from common.files import lock, remove_parts, replacing
 from common.loader import create_mixup, evaluation_loader, training_loader
 from common.log import Log
 from common.masking import PixelMask, TokenMask
 from common.recipe import Recipe, create_optimizer
-from common.resume import Source, Start, fetch, plain, put_in_order, restore, resume_from
+from common.resume import Source, Start, fetch, newest_of, plain, put_in_order, restore, resume_from
 from common.signals import Request
 from common.writer import Writer
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = "args.json"
+SETTINGS, RUNNING = "args.json", ".running"
+WAIT = 60.0  # seconds for a run in the same folder to end, as one that was killed on another machine does
 
 
 @dataclass
@@ -77,6 +78,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
     train_data = val_data if not training else open_data_set(args, train=True)
     classes = count_classes(args, check_classes(train_data, val_data))
     check_targets(args, classes)
+    newest = newest_of(Path(args.output_dir))
     source = resume_from(args, process)
 
     if args.deterministic:
@@ -126,7 +128,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
     )
     start = restore(recipe, args, source, trainer) if source is not None else Start(args.start_epoch)
     folder = Path(args.output_dir) if training and args.output_dir else None
-    log = open_folder(recipe, args, process, folder, source, start, updates)
+    log = open_folder(recipe, args, process, folder, source, newest, start, updates)
     for line in (*describe(recipe, args, process, trainer, classes, updates), *start.notes):
         log.line(line)
     return Job(
@@ -255,24 +257,34 @@ def open_folder(
     process: Process,
     folder: Path | None,
     source: Source | None,
+    newest: tuple[int, int] | None,
     start: Start,
     updates: int,
 ) -> Log:
     """Creates the output folder, writes the settings of this start into it, and opens the logs.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: it cannot be written, or another run is at work in it.
     """
+    held = None
     try:
         if folder is not None and process.is_main:
             folder.mkdir(parents=True, exist_ok=True)
+            waiting = f"waiting for another run in {folder} to end"
+            held = lock(folder / RUNNING, WAIT, lambda: print(waiting, flush=True))
+            if newest_of(folder) != newest:
+                raise ValueError(f"--output-dir {folder}: another run has gone on in it meanwhile; the same command "
+                                 "again goes on from there")  # fmt: skip
             remove_parts(folder)
             if source is not None:
                 put_in_order(source)
             with replacing(folder / SETTINGS) as file:
                 file.write(json.dumps(settings(args, process), indent=2).encode())
         update = start.position.update if start.position is not None else 0
-        return Log(folder, process.is_main, start.epoch, updates, args.epochs, recipe.curve_steps, args.log_dir, update)
+        return Log(folder, process.is_main, start.epoch, updates, args.epochs, recipe.curve_steps, args.log_dir, update,
+                   held)  # fmt: skip
+    except TimeoutError as error:
+        raise ValueError(f"--output-dir {folder}: another run is at work in it") from error
     except OSError as error:
         raise ValueError(f"--output-dir {folder}: not writable ({error.strerror or error})") from error
 

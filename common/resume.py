@@ -89,6 +89,15 @@ def newest(folder: Path, process: Process) -> Source:
     return Source(path, content if content is not None else load(path), True, damaged, notes)
 
 
+def newest_of(folder: Path) -> tuple[int, int] | None:
+    """What changes when a folder gets a new checkpoint."""
+    try:
+        found = (folder / checkpoint.LAST).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def put_in_order(source: Source) -> None:
     """Gives the checkpoint that a run goes on from the name of the newest, and damaged ones a name that says so."""
     last = source.path.with_name(checkpoint.LAST)

@@ -208,7 +208,8 @@ class Soak:
             except subprocess.TimeoutExpired:
                 return None
             return kind
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in [*descendants(process.pid)]:  # of which torchrun gives each a session of its own
+            kill(pid)
         process.wait()
         return "all killed"
 

@@ -59,7 +59,8 @@ run(dataclasses.replace(RECIPE, loss=loss))
     assert "exitcode  : 2" in done.stderr and f'File "{driver}"' not in done.stderr
     assert "epoch 2/2  step" not in done.stdout, "stopped within the interval"
     assert final(out)["epoch"] == 0, "the last good checkpoint is left"
-    assert sorted(os.listdir(out)) == ["args.json", "best_checkpoint.pth", "checkpoint.pth", "log.txt", "tensorboard"]
+    assert sorted(os.listdir(out)) == [".running", "args.json", "best_checkpoint.pth", "checkpoint.pth", "log.txt",
+                                       "tensorboard"]  # fmt: skip
 
 
 def test_weights_that_are_not_finite_are_not_saved(continued, capsys, monkeypatch):
@@ -153,7 +154,14 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(finished, small_disk,
     error = refused(capsys, *flags, "--output-dir", str(place))
     assert "checkpoint.pth could not be written" in error and "the one before is still there" in error
     assert final(place)["epoch"] == 0
-    assert sorted(os.listdir(place)) == ["args.json", "best_checkpoint.pth", "checkpoint.pth", "log.txt", "tensorboard"]
+    assert sorted(os.listdir(place)) == [
+        ".running",
+        "args.json",
+        "best_checkpoint.pth",
+        "checkpoint.pth",
+        "log.txt",
+        "tensorboard",
+    ]
 
 
 def test_a_label_beyond_the_classes_stops_the_run(tmp_path, capsys):

@@ -50,15 +50,8 @@ def test_what_a_run_says(finished):
 
 def test_what_a_run_writes(finished):
     flags, out, said = finished
-    names = {
-        "args.json",
-        "best_checkpoint.pth",
-        "checkpoint.pth",
-        "log.txt",
-        "previous_checkpoint_1.pth",
-        "tensorboard",
-    }
-    assert names == set(os.listdir(out))
+    checkpoints = {"checkpoint.pth", "best_checkpoint.pth", "previous_checkpoint_1.pth"}
+    assert checkpoints | {".running", "args.json", "log.txt", "tensorboard"} == set(os.listdir(out))
     entries = log_of(out)
     assert [entry["epoch"] for entry in entries] == [0, 1]
     assert entries[0].keys() == {"train_lr", "train_loss", "train_sub_loss", "test_acc1", "test_acc5", "test_loss",

@@ -1,0 +1,312 @@
+"""What breaks around a run: checkpoints that are damaged, folders that refuse, loaders that hang or die."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import checkpoint, files, prepare, train, writer
+from common.args import parse
+from common.engine import Trainer
+from deit.recipe import RECIPE
+from scripts.soak import compare
+from tests.conftest import ROOT, command, environment, run
+from tests.runs import ALONE, FLAGS, assert_same_bits, final, interrupt_epoch, refused, start, stop_after
+
+LAST, BEFORE = "checkpoint.pth", "previous_checkpoint_1.pth"
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flipped(path: Path) -> None:
+    """One bit, in the middle of the weights."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def cut_off(finished, tmp_path, capsys, monkeypatch):
+    """A run that was killed in its third save → its flags, its folder. It has two checkpoints, of steps 4 and 2."""
+    flags, out = [*finished[0], "--save-every", "2", "--output-dir", str(tmp_path / "out")], tmp_path / "out"
+    with monkeypatch.context() as patch:
+        update, done = Trainer.update, []
+
+        def interrupted(trainer):
+            update(trainer)
+            done.append(None)
+            if len(done) == 5:
+                raise KeyboardInterrupt
+
+        patch.setattr(Trainer, "update", interrupted)
+        refused(capsys, *flags, status=130)
+    assert [final(out, name)["position"]["update"] for name in (LAST, BEFORE)] == [4, 2]
+    for name in (LAST, BEFORE):  # each a file of its own, as on a disk
+        content = (out / name).read_bytes()
+        (out / name).unlink()
+        (out / name).write_bytes(content)
+    return flags, out
+
+
+@pytest.mark.parametrize("damage", [truncated, empty, flipped])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, cut_off, finished, capsys):
+    flags, out = cut_off
+    damage(out / LAST)
+    start(*flags)
+    said = capsys.readouterr().out
+    why = {truncated: "cut short", empty: "empty", flipped: "damaged: its content is not what was written"}[damage]
+    assert f"{out / LAST}: the file is {why}" in said and "the one before takes its place" in said
+    assert f"continuing at epoch 1, after step 2, from {out / BEFORE}" in said
+    assert (out / f"damaged_{LAST}").exists()
+    assert compare(finished[1], out) == []
+
+
+def test_every_bit_of_a_checkpoint_that_matters_is_in_its_digest(cut_off):
+    """Any single bit: the file is refused, or holds what was written."""
+    _, out = cut_off
+    whole, content = (out / LAST).read_bytes(), files.load(out / LAST)
+    draw, caught = random.Random(0), 0
+    for _ in range(200):
+        at = draw.randrange(8 * len(whole))
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << at % 8
+        (out / LAST).write_bytes(damaged)
+        try:
+            again = files.load(out / LAST)
+        except ValueError:
+            caught += 1
+            continue
+        assert files.digest(again) == files.digest(content)
+    assert caught > 150
+
+
+def test_without_a_whole_checkpoint_a_run_is_not_begun_anew(cut_off, capsys):
+    flags, out = cut_off
+    for name in (LAST, BEFORE):
+        truncated(out / name)
+    before = {path.name: path.read_bytes() for path in out.glob("*.pth")}
+    error = refused(capsys, *flags)
+    assert f"none of the checkpoints in {out} can be read" in error and "choose another --output-dir" in error
+    assert {path.name: path.read_bytes() for path in out.glob("*.pth")} == before
+
+
+def test_two_processes_agree_on_the_checkpoint_before(jpegs, tmp_path):
+    flags = [*FLAGS, "--data-path", str(jpegs()), "--batch-size", "4", "--output-dir"]
+    alone = run(*flags, str(tmp_path / "undisturbed"), cwd=tmp_path, processes=2)
+    assert alone.returncode == 0, alone.stderr
+    out = tmp_path / "out"
+    shutil.copytree(tmp_path / "undisturbed", out)
+    truncated(out / LAST)  # also the best one's other name, or the other way round
+    done = run(*flags, str(out), cwd=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "the one before takes its place" in done.stdout and "continuing at epoch 2 from" in done.stdout
+    assert compare(tmp_path / "undisturbed", out) == []
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_the_last_checkpoints_are_kept(keep, tmp_path):
+    path = tmp_path / LAST
+    for step in range(6):
+        checkpoint.save(path, {"model": {"weight": torch.full((3,), float(step))}}, keep)
+    kept = [files.load(found)["model"]["weight"][0].item() for found in checkpoint.generations(tmp_path)]
+    assert kept == [5.0, 4.0, 3.0, 2.0][:keep]
+    checkpoint.save(path, {"model": {"weight": torch.zeros(3)}}, 1)
+    assert os.listdir(tmp_path) == [LAST], "fewer, where fewer are asked for"
+
+
+def test_saving_in_the_middle_of_epochs_changes_nothing(finished, tmp_path):
+    flags, out, _ = finished
+    for every in ("1", "4"):
+        start(*flags, "--save-every", every, "--keep-last", "9", "--output-dir", str(tmp_path / every))
+        assert_same_bits(tmp_path / every, out)
+        steps = [content["position"]["update"] if content["position"] else 6 * content["epoch"] + 6
+                 for content in map(files.load, checkpoint.generations(tmp_path / every))]  # fmt: skip
+        assert steps[:-1] == {"1": [12, 5, 4, 3, 2, 1, 6, 5, 4], "4": [12, 2, 6, 4]}[every]
+
+
+def test_a_folder_that_nothing_can_be_written_to(finished, tmp_path, capsys):
+    """A real read-only file system."""
+    place = tmp_path / "read-only"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        error = refused(capsys, *finished[0], "--output-dir", str(place / "out"))
+        assert f"--output-dir {place / 'out'}: not writable (Read-only file system)" in error
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_folder_that_becomes_read_only_keeps_the_checkpoint_before(finished, small_disk, capsys, monkeypatch):
+    out = small_disk("50m") / "out"
+    plain, calls = train.train_one_epoch, []
+
+    def remounted(*args):
+        calls.append(None)
+        if len(calls) == 2:
+            job_writer[0].wait()
+            subprocess.run(["mount", "--bind", str(out), str(out)], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(out)], check=True)
+        return plain(*args)
+
+    job_writer: list[writer.Writer] = []
+    init = writer.Writer.__init__
+    monkeypatch.setattr(writer.Writer, "__init__", lambda self: (job_writer.append(self), init(self))[1])
+    monkeypatch.setattr(train, "train_one_epoch", remounted)
+    try:
+        error = refused(capsys, *finished[0], "--output-dir", str(out))
+    finally:
+        subprocess.run(["umount", "--lazy", str(out)], check=True)
+    assert "could not be written" in error and "Read-only file system" in error
+    assert final(out)["epoch"] == 0
+
+
+def test_an_error_in_the_background_stops_the_run(finished, tmp_path, capsys, monkeypatch):
+    """Within the steps that follow, not at the end."""
+    steps: list = []
+    update = Trainer.update
+    monkeypatch.setattr(Trainer, "update", lambda trainer: (steps.append(None), time.sleep(0.05), update(trainer))[2])
+    monkeypatch.setattr(checkpoint, "make_way", lambda *args: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    error = refused(capsys, *finished[0], "--save-every", "2", "--output-dir", str(tmp_path / "out"))
+    assert "could not be written ([Errno 5] Input/output error); none was written before" in error
+    assert len(steps) < 6
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(finished, tmp_path, monkeypatch):
+    """A disk that takes a second a file; three saves of which none is waited for by the next steps."""
+    began: list[float] = []
+    steps: list[float] = []
+    make_way, update = checkpoint.make_way, Trainer.update
+
+    def slow(*args):
+        began.append(len(steps))
+        time.sleep(1)
+        began.append(len(steps))
+        make_way(*args)
+
+    monkeypatch.setattr(checkpoint, "make_way", slow)
+    monkeypatch.setattr(Trainer, "update", lambda trainer: (steps.append(time.monotonic()), update(trainer))[1])
+    start(*finished[0], "--output-dir", str(tmp_path / "out"))
+    assert began[1] > began[0], "steps were done while the first was written"
+    assert final(tmp_path / "out")["epoch"] == 1
+
+
+def test_a_loader_that_hangs_is_named(jpegs, tmp_path):
+    """At a pipe that nobody writes to, in the place of an image."""
+    data = jpegs()
+    (data / "train" / "cat" / "003.jpg").unlink()
+    os.mkfifo(data / "train" / "cat" / "003.jpg")
+    done = run(*FLAGS, "--data-path", str(data), "--num-workers", "2", "--data-timeout", "4", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "main.py: error: training stopped: the data-loading processes gave no batch for 4 s (--data-timeout); they "
+        f"hang at {data}/train/cat/003.jpg\n"
+    )
+
+
+def test_a_loader_that_is_killed_ends_the_run_with_one_sentence(finished, tmp_path, capsys):
+    flags, out, _ = finished
+    flags = [*flags, "--num-workers", "1", "--output-dir", str(tmp_path / "out")]
+    process = subprocess.Popen(command(*FLAGS, *flags), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env=environment())  # fmt: skip
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("epoch 2/2  step 2/6"))
+    loaders = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(loaders[0]), signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert error.startswith("main.py: error: training stopped: a data-loading process was killed")
+    assert error.count("\n") == 1, error
+    start(*flags)
+    assert compare(out, tmp_path / "out") == []
+
+
+def test_two_runs_in_one_folder_do_not_mix(finished, tmp_path, capsys, monkeypatch):
+    """The second waits a while, and is then refused, or goes on where the first has ended."""
+    flags = [*finished[0], "--output-dir", str(tmp_path / "out")]
+    held = "from common import files; import pathlib, sys, time; f = files.lock(pathlib.Path(sys.argv[1]), 0, print); "
+    (tmp_path / "out").mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"{held} print('held', flush=True); time.sleep(60)", str(tmp_path / "out" / ".running")],
+        stdout=subprocess.PIPE, text=True, env=environment(PYTHONPATH=str(ROOT)),
+    )  # fmt: skip
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    monkeypatch.setattr(prepare, "WAIT", 1.0)
+    assert f"--output-dir {tmp_path / 'out'}: another run is at work in it" in refused(capsys, *flags)
+    assert os.listdir(tmp_path / "out") == [".running"]
+    other.kill()
+    other.wait()
+    start(*flags)
+    assert_same_bits(tmp_path / "out", finished[1])
+
+
+def test_half_written_checkpoints_are_cleared_away(finished, tmp_path):
+    flags = [*finished[0], "--output-dir", str(tmp_path)]
+    (tmp_path / f".{LAST}.4711.part").write_bytes(b"half")
+    start(*flags)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_another_number_of_processes_in_the_middle_of_an_epoch(jpegs, tmp_path):
+    """Stopped after 3 steps of 1 process, continued on 2."""
+    flags = [*FLAGS, "--data-path", str(jpegs()), "--augsub", "masking", "--epochs", "1", "--log-interval", "2",
+             "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        start(*flags)
+    done = run(*flags, "--batch-size", "4", cwd=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "begun on 1 and continued on 2 processes, the run does not end with the same bits" in done.stdout
+    assert "continuing at epoch 1, after step 3," in done.stdout
+    assert final(tmp_path / "out")["epoch"] == 0
+
+
+def test_sums_of_more_processes_than_there_are_now_are_not_lost(jpegs, tmp_path):
+    """Of the images since the last report, which each process keeps to itself until the next."""
+    flags = ["--data-path", str(jpegs()), "--augsub", "masking", "--epochs", "1", "--log-interval", "2", "--output-dir",
+             str(tmp_path)]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        start(*flags)
+    content = final(tmp_path)
+    window = content["own"][0]["window"]
+    assert window[0] == 8
+    checkpoint.save(tmp_path / LAST, content | {"processes": 2, "own": 2 * content["own"]})
+    job = train.prepare(RECIPE, parse(RECIPE, [*FLAGS, *flags, "--batch-size", "16"]), ALONE)
+    assert job.start.position is not None and job.start.position.window == [2 * value for value in window]
+
+
+def test_deterministic_kernels_are_asked_for_and_train_to_the_same_bits(finished, tmp_path, capsys, monkeypatch):
+    flags, out, _ = finished
+    try:
+        start(*flags, "--deterministic", "--output-dir", str(tmp_path / "out"))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    assert_same_bits(tmp_path / "out", out)
+
+
+def test_the_interrupted_run_of_these_tests_is_one(finished, tmp_path, capsys, monkeypatch):
+    """Without damage it goes on from the newest."""
+    with monkeypatch.context() as patch:
+        interrupt_epoch(patch, 1)
+        refused(capsys, *finished[0], "--output-dir", str(tmp_path / "out"), status=130)
+    start(*finished[0], "--output-dir", str(tmp_path / "out"))
+    assert "takes its place" not in capsys.readouterr().out
