@@ -19,6 +19,7 @@ from timm.data import create_transform
 
 from common.augsub import KINDS
 from common.dist import is_main_before_start
+from common.errors import Leaving
 from common.masking import BLOCK
 from common.recipe import Recipe
 
@@ -48,7 +49,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if is_main_before_start():
             print(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+        raise Leaving(message if is_main_before_start() else "", 2)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(sys.argv[1:] if args is None else args, namespace)

@@ -18,7 +18,7 @@ from timm.utils import distribute_bn
 from common import checkpoint, dist
 from common.args import parse
 from common.engine import Interrupted, Position, Watch, autocast, evaluate, train_one_epoch
-from common.errors import StopTraining
+from common.errors import Leaving, StopTraining
 from common.files import keep_as
 from common.loader import NONE, batches_of, end_processes, failure_of
 from common.log import CURVES, duration, entries
@@ -79,14 +79,6 @@ def task_of(args: argparse.Namespace) -> Callable[[Job], None]:
     if args.throughput:
         return measure_throughput
     return evaluate_only if args.eval else train
-
-
-class Leaving(SystemExit):
-    """The process ends with a status; the first of several has the sentence that says why."""
-
-    def __init__(self, sentence: str, status: int):
-        super().__init__(status)
-        self.sentence = sentence
 
 
 def leave(sentence: str, status: int) -> NoReturn:

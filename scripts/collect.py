@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ sys.path[0] = str(ROOT) if __name__ == "__main__" else sys.path[0]
 from common.args import Parser  # noqa: E402
 from common.log import CURVES, LOG, duration, entries  # noqa: E402
 from scripts.stage import JOB, STATUS, read  # noqa: E402
-from scripts.submit import queue, state_of  # noqa: E402
-from scripts.table import KINDS, MINI, MINI_OUTPUT, OUTPUT, ROWS, TITLES, Row, Stage, select  # noqa: E402
+from scripts.submit import complaining, queue, state_of  # noqa: E402
+from scripts.table import KINDS, MINI, MINI_OUTPUT, OUTPUT, RATIO, ROWS, TITLES, Row, Stage, folder_of, select  # noqa: E402
 
 SHORT = {"none": "plain", "masking": "AugMask", "dropout": "AugDrop", "droppath": "AugPath"}
 
@@ -36,25 +37,27 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", help="such as deit/small_400, or swin for all of a recipe")
     parser.add_argument("--output", type=Path, default=None, help=f"folder of the runs; {OUTPUT}, or {MINI_OUTPUT}")
     parser.add_argument("--mini", action="store_true", help="the table of the digits")
-    parser.add_argument("--settings", default="", help="what the folders of runs at other settings end with: "
-                        "--settings=-0.25 for --augsub-ratio 0.25")  # fmt: skip
+    parser.add_argument("--augsub-ratio", type=float, default=RATIO, help="of the runs to show")
+    parser.add_argument("--append", nargs=argparse.REMAINDER, default=[], help="of the runs to show; comes last")
     parser.add_argument("--markdown", action="store_true", help="write the tables")
     parser.add_argument("--plot", type=Path, default=None, metavar="PNG", help="draw the curves")
-    args = parser.parse_args()
+    words = sys.argv[1:]
+    cut = words.index("--append") if "--append" in words else len(words)
+    args = parser.parse_args(words[:cut])
+    args.append = words[cut + 1 :]
     root = args.output or (MINI_OUTPUT if args.mini else OUTPUT)
-    try:
+    with complaining(parser):
         rows = select(MINI if args.mini else ROWS, args.rows)
         if not root.is_dir():
             raise ValueError(f"{root}: there is no such folder; scripts/reproduce_table.sh makes it")
+        what = root, rows, args.augsub_ratio, args.append
         if args.plot is not None:
-            plot(root, rows, args.plot, args.settings)
+            plot(args.plot, *what)
             print(f"drawn: {args.plot}")
         elif args.markdown:
-            print(table(root, rows, args.settings))
+            print(table(*what))
         else:
-            show(root, rows, args.settings)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+            show(*what)
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,19 @@ class Run:
         return self.log[-1]["test_acc1"] if self.log else None
 
 
-def runs_of(root: Path, row: Row, jobs: dict[str, str] | None, settings: str) -> Iterator[Run]:
-    """The stages of a row with each of its drops."""
+def runs_of(root: Path, row: Row, jobs: dict[str, str] | None, ratio: float, more: Sequence[str]) -> Iterator[Run]:
+    """The stages of a row with each of its drops, of runs with that ratio and those flags beside the row's."""
     for kind in SHORT:
-        place = root / row.recipe / f"{row.name}-{kind}{settings}"
+        place = folder_of(root, row, kind, ratio, more)
         if kind not in KINDS and not place.is_dir():
             continue
         for stage in row.stages:
             folder = place / stage.name
-            state, reason = state_of(folder, jobs)
-            starts = read(folder / STATUS).get("starts", 0)
+            try:
+                state, reason = state_of(folder, jobs)
+                starts = read(folder / STATUS).get("starts", 0)
+            except ValueError as error:
+                state, reason, starts = "unknown", str(error), 0
             log = [entry for file in folder.rglob(LOG) for entry in entries(file.parent)]
             yield Run(row, kind, stage, folder, state, reason, starts, log)
 
@@ -104,12 +110,12 @@ def jobs_now() -> dict[str, str] | None:
         return None
 
 
-def show(root: Path, rows: Sequence[Row], settings: str) -> None:
+def show(root: Path, rows: Sequence[Row], ratio: float, more: Sequence[str]) -> None:
     """A line a stage."""
     jobs = jobs_now()
     lines: list[tuple[str, ...]] = [("run", "state", "epoch", "acc@1", "best", "images/s", "left", "")]
     for row in rows:
-        for run in runs_of(root, row, jobs, settings):
+        for run in runs_of(root, row, jobs, ratio, more):
             speed, left = pace(run) if run.state == "running" else ("", "")
             state = run.state + (f", {run.starts - 1}x restarted" if run.starts > 1 else "")
             done = f"{len(run.log)}/{epochs_of(run)}"
@@ -124,7 +130,10 @@ def show(root: Path, rows: Sequence[Row], settings: str) -> None:
 
 def epochs_of(run: Run) -> int:
     """Epochs that a run is to have: what its command says last, else its variant."""
-    flags = read(run.folder / JOB).get("flags", run.stage.flags)
+    try:
+        flags = read(run.folder / JOB).get("flags", run.stage.flags)
+    except ValueError:
+        flags = run.stage.flags
     said = [int(value) for flag, value in itertools.pairwise(flags) if flag == "--epochs"]
     return said[-1] if said else int(run.stage.settings.epochs)
 
@@ -143,13 +152,20 @@ def pace(run: Run) -> tuple[str, str]:
     points, tests = curves.Scalars("speed/images_per_second"), curves.Scalars("test/acc1")
     epoch = tests[0].step  # steps of an epoch
     recent = points[-min(len(points), 50) :]
-    seconds = recent[-1].wall_time - recent[0].wall_time
-    steps = recent[-1].step - recent[0].step
-    left = duration((epochs_of(run) * epoch - recent[-1].step) * seconds / steps) if steps > 0 else ""
+    paces = [(b.wall_time - a.wall_time) / (b.step - a.step)
+             for a, b in itertools.pairwise(recent) if b.step > a.step]  # fmt: skip
+    # the median passes over the time between two starts
+    left = duration((epochs_of(run) * epoch - recent[-1].step) * statistics.median(paces)) if paces else ""
     return f"{recent[-1].value:.0f}", left
 
 
-def table(root: Path, rows: Sequence[Row], settings: str = "", jobs: dict[str, str] | None = None) -> str:
+def table(
+    root: Path,
+    rows: Sequence[Row],
+    ratio: float = RATIO,
+    more: Sequence[str] = (),
+    jobs: dict[str, str] | None = None,
+) -> str:
     """The tables in Markdown: the paper's accuracy, ours and the difference, ours empty where a run is not done.
 
     Args:
@@ -158,13 +174,13 @@ def table(root: Path, rows: Sequence[Row], settings: str = "", jobs: dict[str, s
     jobs, parts = jobs_now() if jobs is None else jobs, []
     for recipe in dict.fromkeys(row.recipe for row in rows):
         ours = [row for row in rows if row.recipe == recipe]
-        there = {run.kind for row in ours for run in runs_of(root, row, jobs, settings)}
+        there = {run.kind for row in ours for run in runs_of(root, row, jobs, ratio, more)}
         kinds = [kind for kind in SHORT if kind in there]
         heads = [f"{SHORT[kind]}: {column}" for kind in kinds for column in ("paper", "ours", "difference")]
         parts += [f"**{TITLES[recipe]}**, top-1 in %", "", f"| model | epochs | {' | '.join(heads)} |"]
         parts += ["|---" * (2 + len(heads)) + "|"]
         for row in ours:
-            ends = {run.kind: run for run in runs_of(root, row, jobs, settings)}  # the last stage of each
+            ends = {run.kind: run for run in runs_of(root, row, jobs, ratio, more)}  # the last stage of each
             cells = []
             for kind in kinds:
                 paper, run = row.paper.get(kind), ends.get(kind)
@@ -176,7 +192,7 @@ def table(root: Path, rows: Sequence[Row], settings: str = "", jobs: dict[str, s
     return "\n".join(parts).rstrip()
 
 
-def plot(root: Path, rows: Sequence[Row], path: Path, settings: str) -> None:
+def plot(path: Path, root: Path, rows: Sequence[Row], ratio: float, more: Sequence[str]) -> None:
     """Draws accuracy and losses over epochs, a row of the table in a row of axes.
 
     Raises:
@@ -188,7 +204,7 @@ def plot(root: Path, rows: Sequence[Row], path: Path, settings: str) -> None:
     from matplotlib import pyplot
 
     jobs = jobs_now()
-    drawn = [(row, [run for run in runs_of(root, row, jobs, settings) if run.log]) for row in rows]
+    drawn = [(row, [run for run in runs_of(root, row, jobs, ratio, more) if run.log]) for row in rows]
     drawn = [(row, runs) for row, runs in drawn if runs]
     if not drawn:
         raise ValueError(f"{root}: no run has finished an epoch yet")

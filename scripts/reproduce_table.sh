@@ -9,7 +9,7 @@
 set -euo pipefail
 script=$0
 if [[ -n ${SLURM_JOB_ID:-} && ! -f $(dirname "$script")/reproduce.py ]]; then  # Slurm runs a copy of this file
-    script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+    script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*reproduce_table\.sh\).*/\1/p')
 fi
 root=$(cd "$(dirname "$script")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}

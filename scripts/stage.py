@@ -22,18 +22,29 @@ import torch  # noqa: E402
 
 from common import checkpoint  # noqa: E402
 from common.dist import is_main_before_start  # noqa: E402
+from common.errors import Leaving  # noqa: E402
 from common.files import replacing  # noqa: E402
-from common.train import Leaving, run  # noqa: E402
+from common.train import run  # noqa: E402
 
 JOB, STATUS = "job.json", "status.json"
+STATES = ("queued", "running", "stopped", "requeued", "done", "failed")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON file's content; nothing where there is none."""
+    """A JSON file's content; nothing where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: it holds no JSON") from error
+    known = path.name != STATUS or (isinstance(found, dict) and found.get("state") in STATES)
+    if not isinstance(found, dict) or not known:
+        raise ValueError(f"{path} is damaged: it does not say what it should")
     return found
 
 
@@ -44,7 +55,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def update_status(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Changes the status of a job's folder: `state` is queued, running, stopped, requeued, done or failed."""
+    """Changes the status of a job's folder; `state` is one of `STATES`."""
     status = read(folder / STATUS) | changes | {"time": time.time()}
     write(folder / STATUS, status)
     return status
@@ -100,6 +111,9 @@ def begin(folder: Path, most_idle_starts: int) -> None:
         raise Leaving(sentence, 2)
 
 
+STOPPED = 3  # status of a run that was asked to stop before its end
+
+
 class Queued:
     """What Slurm runs in each task of a job, through submitit: a process of the run in `folder`."""
 
@@ -109,8 +123,10 @@ class Queued:
     def __call__(self) -> None:
         meet()
         stopped = carry_out(self.folder)
-        if stopped == "SIGUSR2":  # ahead of a time limit or a preemption; who cancels a job sends SIGTERM
+        if stopped == "SIGUSR2" or (stopped == "SIGTERM" and preempted()):  # ahead of a time limit or a preemption
             requeue(self.folder)
+        if stopped:
+            raise SystemExit(STOPPED)  # what comes after this job in a chain must not begin
 
 
 def meet() -> None:
@@ -126,6 +142,13 @@ def meet() -> None:
         "WORLD_SIZE": os.environ["SLURM_NTASKS"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
     }
+
+
+def preempted() -> bool:
+    """Whether Slurm has begun to preempt this job; who cancels one sends SIGTERM too."""
+    job = slurm("scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"])
+    found = dict(word.split("=", 1) for word in job.split() if "=" in word)
+    return found.get("JobState") != "CANCELLED" and found.get("PreemptTime", "None") not in ("None", "N/A", "")
 
 
 def requeue(folder: Path) -> None:

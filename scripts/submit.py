@@ -15,7 +15,9 @@ import fcntl
 import io
 import os
 import re
+import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,9 +29,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT) if __name__ == "__main__" else sys.path[0]
 
-from common.args import Parser, hyphenated  # noqa: E402
-from scripts.stage import JOB, STATUS, Queued, read, slurm, update_status, write  # noqa: E402
-from scripts.table import ENTRIES  # noqa: E402
+from common.args import Parser, hyphenated, parse  # noqa: E402
+from common.signals import stop_printing  # noqa: E402
+from scripts.stage import JOB, STATUS, STOPPED, Queued, read, slurm, update_status, write  # noqa: E402
+from scripts.table import ENTRIES, RECIPES  # noqa: E402
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
 UNDER_WAY = ("queued", "running", "requeued")  # states of a run that is not to be submitted again
@@ -46,8 +49,10 @@ def main() -> None:
     add_cluster_flags(parser)
     args = parser.parse_args(words[:cut])
     flags = words[cut + 1 :]
-    try:
+    with complaining(parser):
+        check_cluster(args)
         folder = output_folder(flags)
+        parse(RECIPES[args.recipe], flags)
         cluster = Cluster.of(args, args.nodes or 1, args.gpus_per_node or 1)
         with locked(folder):
             state, _ = state_of(folder, queue() if cluster.slurm else {})
@@ -55,20 +60,41 @@ def main() -> None:
                 print(f"{folder}: {state}, so nothing is submitted")
                 return
             print(f"{folder}: {submit(ENTRIES[args.recipe], flags, folder, cluster, f'augsub-{args.recipe}')}")
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     if not cluster.slurm:
         sys.exit(run_here(folder, cluster))
 
 
+@contextlib.contextmanager
+def complaining(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Makes what goes wrong one sentence with status 2, a Ctrl-C one with 130, and a reader that left a quiet 141."""
+    try:
+        yield
+    except BrokenPipeError:
+        stop_printing()
+        sys.exit(141)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted; the same command does what is left\n")
+
+
+def check_cluster(args: argparse.Namespace) -> None:
+    """Raises ValueError where a number of nodes or GPUs is none."""
+    for name in ("nodes", "gpus_per_node", "cpus_per_task"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{hyphenated(f'--{name}')} {value}: at least 1 is needed")
+
+
 def output_folder(flags: Sequence[str]) -> Path:
-    """The folder that a run's flags name."""
+    """The folder that a run's flags name; of several the last, as the run has it."""
+    found = ""
     for at, word in enumerate(flags):
         flag, equals, value = word.partition("=")
         if hyphenated(flag) in ("--output-dir", "--output"):
             found = value if equals else "".join(flags[at + 1 : at + 2])
-            if found:
-                return Path(found).absolute()
+    if found:
+        return Path(found).absolute()
     raise ValueError("a run's --output-dir is needed, after --: a second call knows it by its folder")
 
 
@@ -156,14 +182,43 @@ def submit(
         ValueError: Slurm refuses; in its own words. OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before = read(folder / STATUS)
+    starts = read(folder / STATUS).get("starts", 0)
     write(folder / JOB, {"entry": entry, "flags": list(flags), "most_idle_starts": cluster.most_idle_starts})
     if not cluster.slurm:
-        update_status(folder, state="queued", job=None, reason="", idle=-1)
+        begin_here(folder)
         return "runs here"
-    job = to_slurm(folder, cluster, name, after)
-    update_status(folder, state="queued", job=job, reason="", idle=-1, starts=before.get("starts", 0))
+    with uninterrupted():  # else a job could be in the queue that no folder knows of
+        job = to_slurm(folder, cluster, name, after)
+        update_status(folder, state="queued", job=job, reason="", idle=-1, starts=starts)
     return f"submitted as job {job}" + (f", after job {after}" if after else "")
+
+
+def begin_here(folder: Path) -> None:
+    """Writes down that a run is this process's, on this machine."""
+    update_status(folder, state="running", job=None, reason="", idle=-1, host=socket.gethostname(),
+                  process=os.getpid())  # fmt: skip
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Puts a Ctrl-C off to the end, also for the processes that are started meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def outside_of_jobs() -> Iterator[None]:
+    """Hides the variables of the job that this process is in, which its own jobs would take for theirs."""
+    own = {name: value for name, value in os.environ.items() if name.startswith("SLURM_") and name != "SLURM_CONF"}
+    for name in own:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(own)
 
 
 def to_slurm(folder: Path, cluster: Cluster, name: str, after: str | None) -> str:
@@ -181,15 +236,16 @@ def to_slurm(folder: Path, cluster: Cluster, name: str, after: str | None) -> st
         nodes=cluster.nodes,
         ntasks_per_node=cluster.gpus,
         stderr_to_stdout=True,
-        srun_args=["--kill-on-bad-exit=1"],
+        # srun does not take the cores of a task from sbatch
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.options['cpus_per_task']}"],
         setup=[
-            f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}",
+            f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
             "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
         ],
         **options,
     )
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+        with outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             return str(executor.submit(Queued(folder)).job_id)
     except (FailedJobError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or getattr(error.__cause__, "stderr", None) or str(error)
@@ -228,6 +284,9 @@ def state_of(folder: Path, jobs: dict[str, str] | None) -> tuple[str, str]:
     """
     status = read(folder / STATUS)
     if not status:
+        lost = [job for job in jobs or () if (folder / "slurm" / f"{job}_submitted.pkl").exists()]
+        status = {"state": "queued", "job": max(lost, key=int), "starts": 1} if lost else {}
+    if not status:
         return "missing", ""
     state, reason, job = status["state"], status.get("reason", ""), status.get("job")
     if state == "done" or (state == "failed" and reason):
@@ -235,7 +294,10 @@ def state_of(folder: Path, jobs: dict[str, str] | None) -> tuple[str, str]:
     if jobs is None:
         return state, reason
     if job is None:  # begun here, without Slurm
-        alive = status.get("host") == socket.gethostname() and _alive(status.get("process", 0))
+        host = status.get("host")
+        if host != socket.gethostname() and state == "running":
+            return state, f"on {host}, as it wrote last; if it does not, remove {folder / STATUS}"
+        alive = _alive(status.get("process", 0))
         return (state, reason) if alive or state in ("stopped", "failed") else ("stopped", "it was cut off")
     slurms, _, why = (jobs.get(job) or accounted(job)).partition(" ")
     if slurms in WAITING:
@@ -246,8 +308,19 @@ def state_of(folder: Path, jobs: dict[str, str] | None) -> tuple[str, str]:
     if state == "stopped":
         return state, reason
     if state == "queued" and not ended and not status.get("starts"):
-        ended = "it ended before it began: see " + str(folder / "slurm") + "; do the nodes share this file system?"
+        said = last_words(folder, job)
+        ended = f"it ended before it began: {said or 'do the nodes share this file system?'} (see {folder / 'slurm'})"
     return "failed", ended or "it ended without a word, as by a failing node or a full memory"
+
+
+def last_words(folder: Path, job: str) -> str:
+    """The last line that a job has printed."""
+    for path in (folder / "slurm").glob(f"{job}_*log.out"):
+        lines = path.read_text(errors="replace").split("\n")
+        for line in reversed(lines):
+            if line.strip():
+                return line.strip()[:200]
+    return ""
 
 
 def accounted(job: str) -> str:
@@ -271,7 +344,7 @@ def run_here(folder: Path, cluster: Cluster) -> int:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cluster.gpus)]
     if cluster.gpus == 1:
         launcher = [sys.executable]
-    update_status(folder, host=socket.gethostname(), process=os.getpid(), state="running")
+    begin_here(folder)
     process = subprocess.Popen([*launcher, str(ROOT / "scripts" / "stage.py"), str(folder)])
     while True:
         try:
@@ -279,7 +352,10 @@ def run_here(folder: Path, cluster: Cluster) -> int:
             break
         except KeyboardInterrupt:  # the run has it too, and saves
             continue
-    return {"done": 0, "stopped": 3}.get(read(folder / STATUS)["state"], 1)
+    state = read(folder / STATUS).get("state")
+    if state == "running":  # it could not say
+        update_status(folder, state="failed", reason=f"it ended with status {process.returncode} and no word")
+    return {"done": 0, "stopped": STOPPED}.get(str(state), 1)
 
 
 @contextlib.contextmanager

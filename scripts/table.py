@@ -20,7 +20,9 @@ from common.args import parse
 from common.recipe import Recipe
 
 STAGE_BEFORE, MAE_WEIGHTS = "stage before", "MAE weights"
-OUTPUT, MINI_OUTPUT = Path("output/table"), Path("output/mini_table")
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT, MINI_OUTPUT = ROOT / "output" / "table", ROOT / "output" / "mini_table"
+RATIO = 0.5  # the paper's
 KINDS = ("none", "masking")  # the table's columns: plain, AugMask
 ENTRIES = {
     "deit": "deit/main.py",
@@ -158,6 +160,19 @@ MINI = (
     _mini("swin", "small Swin", 30),
     _mini("resnet_rsb", "ResNet-10", 5),
 )  # fmt: skip
+
+
+def folder_of(root: Path, row: Row, kind: str, ratio: float = RATIO, more: Sequence[str] = ()) -> Path:
+    """The folder of a row with a drop: named by both, and by what differs from the paper's settings.
+
+    Args:
+        root: of all rows.
+        kind: drop technique; "none" has no ratio.
+        ratio: drop probability.
+        more: flags beside the row's own.
+    """
+    name = f"{row.name}-{kind}" + (f"-{ratio:g}" if kind != "none" and ratio != RATIO else "")
+    return root / row.recipe / (name + "".join(f"-{word.strip('-').replace('/', '_')}" for word in more))
 
 
 def select(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:

@@ -234,7 +234,7 @@ def test_a_failing_row_does_not_hold_up_the_others(slurm, tmp_path):
     assert f"deit/digits-masking/pretrain: failed: none of the checkpoints in {broken.parent} can be read" in said_of
     assert "deit/digits-masking/finetune: failed: cancelled, by somebody or since the stage before it failed" in said_of
     assert "resnet_rsb/digits-masking/train: done" in said_of
-    shown = call("collect.py", "--mini", "--output", str(tmp_path), "--settings=-epochs-1")
+    shown = call("collect.py", "--mini", "--output", str(tmp_path), "--append", "--epochs", "1")
     (line,) = (line for line in shown.splitlines() if line.startswith("deit/digits AugMask pretrain"))
     assert "failed" in line and "or no checkpoint" in line
     broken.unlink()
@@ -243,14 +243,43 @@ def test_a_failing_row_does_not_hold_up_the_others(slurm, tmp_path):
 
 
 def test_sbatch_from_another_folder(slurm, tmp_path):
-    """Slurm runs a copy of the script, which finds the project that it is of."""
-    done = subprocess.run(
-        ["sbatch", "--wait", f"--output={tmp_path}/said", str(ROOT / "scripts" / "reproduce_table.sh"), "--plan",
-         "swin/tiny", "--data-path", "/data"],
-        cwd=tmp_path, env=environment(PYTHON=sys.executable), capture_output=True, text=True, timeout=120,
+    """Slurm runs a copy of the script, which finds the project that it is of, also at a path with a space; and the jobs
+    that it submits do not take its own limits for theirs."""
+    (tmp_path / "my clone").symlink_to(ROOT)
+    script = str(tmp_path / "my clone" / "scripts" / "reproduce_table.sh")
+    for number, words in enumerate((
+        ["--plan", "swin/tiny", "--data-path", "/data"],
+        ["--mini", "resnet_rsb", "--augsub", "masking", "--mem", "900", "--output", "out", "--append", "--epochs", "1"],
+    )):  # fmt: skip
+        done = subprocess.run(
+            ["sbatch", "--wait", f"--output={tmp_path}/said{number}", "--mem-per-cpu=50", script, *words],
+            cwd=tmp_path, env=environment(PYTHON=sys.executable), capture_output=True, text=True, timeout=180,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr + (tmp_path / f"said{number}").read_text()
+    assert "in all: 2 runs" in (tmp_path / "said0").read_text()
+    assert "resnet_rsb/digits-masking/train: done" in (tmp_path / "said1").read_text()
+
+
+def test_a_stage_that_is_stopped_does_not_begin_the_next(slurm, tmp_path):
+    """By a SIGTERM, as from somebody's scancel; the second call goes on with it, and begins the next after it."""
+    words = ["--mini", "deit/digits", "--augsub", "masking", "--output", str(tmp_path)]
+    append = ["--append", "--epochs", "12", "--log-interval", "1"]
+    first = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "reproduce.py"), *words, *append],
+        stdout=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "in all: 2 runs" in (tmp_path / "said").read_text()
+    row = next((tmp_path / "deit").glob("*"), None) or wait_for(
+        lambda: next((tmp_path / "deit").glob("*"), None), 60, "a row"
+    )
+    begun(row / "pretrain", epoch=1)
+    job = status_of(row / "pretrain")["job"]
+    subprocess.run(["scancel", "--signal=TERM", job], check=True)
+    said, _ = first.communicate(timeout=120)
+    assert first.returncode == 1 and "pretrain: stopped: by SIGTERM" in said, said
+    assert "finetune: failed: cancelled, by somebody or since the stage before it failed" in said
+    assert not (row / "finetune" / "checkpoint.pth").exists()
+    again = call("reproduce.py", *words, *append)
+    assert again.count("submitted as job") == 2 and "finetune: done" in again
 
 
 def test_a_job_on_a_node_that_fails_is_started_again(slurm, images, undisturbed, tmp_path):

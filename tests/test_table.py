@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,11 @@ import pytest
 from PIL import Image
 
 from common.args import parse
-from scripts import collect, reproduce
+from scripts import collect, reproduce, submit
 from scripts.plan import cost
 from scripts.reproduce import create_parser, tasks_of
-from scripts.submit import minutes, output_folder, state_of
+from scripts.stage import update_status
+from scripts.submit import Cluster, minutes, output_folder, run_here, state_of
 from scripts.table import MINI, RECIPES, ROWS, Stage, fit, select
 from tests.conftest import ROOT, environment
 
@@ -140,14 +143,21 @@ def test_the_plan_is_printed_and_nothing_made(tmp_path, call):
     (["deit/large_400", "--data-path", "IMAGES"], "8 nodes are wanted, and no Slurm is here"),
     (["swin", "--data-path", "IMAGES", "--output", "/proc/none"], "/proc/none"),
     (["swin", "--plan", "--gpu", "b9"], "--gpu b9: choose from v100, a100, h100, h200"),
+    (["swin", "--plan", "--nodes", "0"], "--nodes 0: at least 1 is needed"),
+    (["swin", "--data-path", "IMAGES", "--append", "--lrr", "3"], "unknown flag --lrr: did you mean --lr?"),
+    (["swin", "--data-path", "IMAGES", "--augsub-ratio", "1.5"], "--augsub-ratio 1.5 is outside [0, 1)"),
+    (["swin", "--data-path", "IMAGES", "--append", "--lr", "nan"], "--lr nan: "),
+    (["swin", "--data-path", "IMAGES", "--append", "--output_dir", "x"], "--append --output-dir: each run has a folder"),
     (["swin", "--data-path", "IMAGES", "--time", "soon"], "--time soon: [days-]hours:minutes:seconds is expected"),
 ])  # fmt: skip
 def test_bad_input_is_found_before_anything_is_submitted(words, sentence, jpegs, tmp_path, call):
     words = [str(jpegs()) if word == "IMAGES" else word for word in words]
-    if "--output" not in words:
-        words += ["--output", str(tmp_path / "out")]
+    if "--append" not in words:
+        words += ["--output", str(tmp_path / "out")] if "--output" not in words else []
+    else:
+        words[:0] = ["--output", str(tmp_path / "out")]
     error = call(reproduce, *words, status=2)
-    assert error.startswith("reproduce_table.sh: error: ") and sentence in error and error.count("\n") == 1
+    assert ": error: " in error and sentence in error and error.count("\n") == 1
     assert not list(tmp_path.glob("out/*/*"))
 
 
@@ -163,7 +173,12 @@ def test_limits_of_time():
 
 
 def test_the_folder_of_a_run_is_known_by_its_flags(tmp_path):
-    for flags in (["--output_dir", "a"], ["--output-dir=a"], ["x", "--output", "a", "--lr", "1"]):
+    for flags in (
+        ["--output_dir", "a"],
+        ["--output-dir", "b", "--output-dir", "a"],
+        ["--output-dir=a"],
+        ["x", "--output", "a", "--lr", "1"],
+    ):
         assert output_folder(flags) == Path("a").absolute()
     with pytest.raises(ValueError, match="--output-dir is needed"):
         output_folder(["--augsub", "masking"])
@@ -181,7 +196,8 @@ def test_the_folder_of_a_run_is_known_by_its_flags(tmp_path):
     ({"state": "failed", "reason": "bug", "job": "7"}, "FAILED NonZeroExitCode", ("failed", "bug")),
     ({"state": "done", "job": "7"}, "COMPLETED None", ("done", "")),
     ({"state": "stopped", "reason": "by SIGTERM", "job": "7"}, "CANCELLED None", ("stopped", "by SIGTERM")),
-    ({"state": "running", "job": None, "host": "elsewhere"}, "", ("stopped", "it was cut off")),
+    ({"state": "running", "job": None, "host": "elsewhere"}, "", ("running", "on elsewhere, as it wrote last")),
+    ({"state": "running", "job": None, "host": socket.gethostname()}, "", ("stopped", "it was cut off")),
 ])  # fmt: skip
 def test_states_tell_a_bug_from_a_node(status, queue, expected, tmp_path):
     if status:
@@ -198,16 +214,21 @@ def test_the_mini_table_without_slurm(tmp_path, call):
     again = call(reproduce, *words, "--append", "--epochs", "1")
     assert again.count(": done") >= 3 and "runs here" not in again
     assert "| ResNet-10 | 5 |" in again and "Swin" not in again, "the rows that were asked for"
-    words = ["--mini", "--output", str(tmp_path / "out"), "--settings=-epochs-1"]
-    lines = call(collect, *words).splitlines()
+    row = tmp_path / "out" / "deit" / "digits-masking-epochs-1"
+    update_status(row / "pretrain", state="stopped")  # as if the second stage had begun too early
+    after = call(reproduce, *words, "--append", "--epochs", "1")
+    assert "digits-masking/finetune: what it made of an unfinished stage before it is put aside as" in after
+    assert after.count(": runs here") == 2 and (row / "finetune.before-1" / "checkpoint.pth").exists()
+    words, more = ["--mini", "--output", str(tmp_path / "out")], ["--append", "--epochs", "1"]
+    lines = call(collect, *words, *more).splitlines()
     assert lines[0].split() == ["run", "state", "epoch", "acc@1", "best", "images/s", "left"]
-    assert sum(" done " in line and " 1/1 " in line for line in lines) == 3
+    assert sum(" done" in line and " 1/1 " in line for line in lines) == 3
     assert sum(" missing " in line for line in lines) == 10 - 3
-    table = call(collect, *words, "--markdown")
+    table = call(collect, *words, "--markdown", *more)
     (row,) = (line for line in table.splitlines() if line.startswith("| ResNet-10 |"))
     accuracy = [cell.strip() for cell in row.split("|")]
     assert accuracy[3:6] == ["", "", ""] and float(accuracy[7]) > 0, "no plain run, and no number of the paper's"
-    call(collect, *words, "--plot", str(tmp_path / "table.png"))
+    call(collect, *words, "--plot", str(tmp_path / "table.png"), *more)
     with Image.open(tmp_path / "table.png") as picture:
         assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
     assert "there is no such folder" in call(collect, "--output", str(tmp_path / "none"), status=2)
@@ -221,6 +242,64 @@ def test_the_paper_stands_beside_ours(tmp_path, call):
     table = call(collect, "swin", "--output", str(tmp_path), "--markdown")
     assert "| Swin-T | 300 | 81.3 |  |  | 81.4 | 81.52 | +0.12 |" in table
     assert "| Swin-S | 300 | 83.0 |  |  | 83.4 |  |  |" in table
+
+
+def test_plain_stands_beside_another_ratio(tmp_path, call):
+    for name in ("tiny-none", "tiny-masking-0.25"):
+        folder = tmp_path / "swin" / name / "train"
+        folder.mkdir(parents=True)
+        (folder / "status.json").write_text(json.dumps({"state": "done"}))
+        (folder / "log.txt").write_text(json.dumps({"epoch": 0, "test_acc1": 80.0, "train_loss": 1.0}) + "\n")
+    table = call(collect, "swin", "--output", str(tmp_path), "--markdown", "--augsub-ratio", "0.25")
+    assert "| Swin-T | 300 | 81.3 | 80.00 | -1.30 | 81.4 | 80.00 | -1.40 |" in table
+
+
+@pytest.mark.parametrize("content", ["garbage", "", "[]", "null", '{"state": 3}', "{}"])
+def test_a_damaged_status_is_named(content, jpegs, tmp_path, call):
+    folder = tmp_path / "out" / "swin" / "tiny-none" / "train"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text(content)
+    words = ["swin", "--output", str(tmp_path / "out")]
+    (line,) = (line for line in call(collect, *words).splitlines() if line.startswith("swin/tiny plain"))
+    assert "unknown" in line and f"{folder}/status.json is damaged" in line
+    error = call(reproduce, *words, "--data-path", str(jpegs()), "--local", status=2)
+    assert f"{folder}/status.json is damaged" in error and error.count("\n") == 1
+    assert os.listdir(folder) == ["status.json"]
+
+
+def test_a_run_here_that_ends_without_a_word_has_failed(tmp_path, capfd):
+    """As one does that is killed, or breaks before it can say."""
+    (tmp_path / "job.json").write_text(json.dumps({"entry": "deit/main.py"}))
+    cluster = Cluster(False, 1, 1, {}, 5)
+    assert run_here(tmp_path, cluster) == 1
+    assert state_of(tmp_path, {}) == ("failed", "it ended with status 1 and no word")
+
+
+def test_what_a_single_run_is_asked_is_looked_at_first(tmp_path, call):
+    words = ["deit", "--cpu", "--local", "--", "--output-dir", str(tmp_path / "out"), "--lrr", "3"]
+    assert "unknown flag --lrr: did you mean --lr?" in call(submit, *words, status=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reader_that_leaves_ends_the_plan_quietly(tmp_path):
+    words = f"{sys.executable} {ROOT}/scripts/reproduce.py swin --plan | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, env=environment(), timeout=240)
+    assert (done.returncode, done.stderr) == (141, "") and done.stdout.count("\n") == 1
+
+
+def test_jobs_do_not_see_the_job_that_submits_them(monkeypatch):
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    with submit.outside_of_jobs():
+        assert [name for name in os.environ if name.startswith("SLURM_")] == ["SLURM_CONF"]
+    assert os.environ["SLURM_MEM_PER_CPU"] == "100"
+
+
+def test_a_job_that_lost_its_status_is_found_in_the_queue(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "8_submitted.pkl").touch()
+    assert state_of(tmp_path, {"7": "RUNNING None", "8": "RUNNING None"}) == ("running", "")
+    assert state_of(tmp_path, {"7": "RUNNING None"}) == ("missing", "")
 
 
 def test_the_mini_rows_are_small():
