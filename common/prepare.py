@@ -81,6 +81,51 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
     newest = newest_of(Path(args.output_dir))
     source = resume_from(args, process)
 
+    train_loader, batches = training_loader(args, train_data, process) if training else (None, 1)
+    updates = math.ceil(batches / args.accum_iter)
+    trainer = create_trainer(recipe, args, process, classes, batches, source)
+    start = restore(recipe, args, source, trainer) if source is not None else Start(args.start_epoch)
+    folder = Path(args.output_dir) if training and args.output_dir else None
+    log = open_folder(recipe, args, process, folder, source, newest, start, updates)
+    for line in (*describe(recipe, args, process, trainer, classes, updates), *start.notes):
+        log.line(line)
+    return Job(
+        recipe=recipe,
+        args=args,
+        process=process,
+        model=trainer.bare,
+        trainer=trainer,
+        train_loader=train_loader,
+        batches=batches,
+        val_loader=evaluation_loader(args, val_data, process),
+        unreadable=Unreadable(len(train_data), "training", log.line),  # type: ignore[arg-type]
+        unreadable_val=Unreadable(len(val_data), "evaluation", log.line),  # type: ignore[arg-type]
+        log=log,
+        folder=folder,
+        start=start,
+        best=start.best,
+    )
+
+
+def create_trainer(
+    recipe: Recipe,
+    args: argparse.Namespace,
+    process: Process,
+    classes: int,
+    batches: int,
+    source: Source | None = None,
+) -> Trainer:
+    """The model with its drop, on the device, and all that trains it.
+
+    Args:
+        classes: of the model.
+        batches: of an epoch, on each process.
+        source: the checkpoint that the run will go on from.
+
+    Raises:
+        ValueError: bad input, in one sentence.
+    """
+    training = not (args.eval or args.throughput)
     if args.deterministic:
         use_deterministic_kernels()
     dist.seed_everything(args.seed)
@@ -101,14 +146,11 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
     ema = None
     if args.model_ema and (training or source is not None):
         ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
-
-    train_loader, batches = training_loader(args, train_data, process) if training else (None, 1)
-    updates = math.ceil(batches / args.accum_iter)
     in_force = recipe.scale_lr(args, args.batch_size * process.world_size * args.accum_iter)
     optimizer = create_optimizer(recipe, model, in_force)
     mixup = create_mixup(args, classes)
     dtype = autocast_dtype(args.amp, process.device)
-    trainer = Trainer(
+    return Trainer(
         process=process,
         model=wrapped(model, args, process),
         bare=model,
@@ -125,27 +167,6 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
         accumulate=args.accum_iter,
         memory_format=memory_format,
         train_mode=args.train_mode,
-    )
-    start = restore(recipe, args, source, trainer) if source is not None else Start(args.start_epoch)
-    folder = Path(args.output_dir) if training and args.output_dir else None
-    log = open_folder(recipe, args, process, folder, source, newest, start, updates)
-    for line in (*describe(recipe, args, process, trainer, classes, updates), *start.notes):
-        log.line(line)
-    return Job(
-        recipe=recipe,
-        args=args,
-        process=process,
-        model=model,
-        trainer=trainer,
-        train_loader=train_loader,
-        batches=batches,
-        val_loader=evaluation_loader(args, val_data, process),
-        unreadable=Unreadable(len(train_data), "training", log.line),  # type: ignore[arg-type]
-        unreadable_val=Unreadable(len(val_data), "evaluation", log.line),  # type: ignore[arg-type]
-        log=log,
-        folder=folder,
-        start=start,
-        best=start.best,
     )
 
 
