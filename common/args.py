@@ -37,7 +37,8 @@ UNOFFERED = {"src": False, "train_mode": True, "aug_repeats": 0, "zip": False, "
 # what may differ between a run and its continuation without making another run of it
 MAY_CHANGE = {"output_dir", "resume", "eval", "device", "num_workers", "pin_mem", "log_interval", "data_path",
               "data_dir", "dist_eval", "start_epoch", "compile", "channels_last", "variant", "save_freq",
-              "throughput", "cfg", "opts", "checkpoint_hist", "save_every", "keep_last", "data_timeout"}  # fmt: skip
+              "throughput", "cfg", "opts", "checkpoint_hist", "augsub_joint", "save_every", "keep_last",
+              "data_timeout"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -265,6 +266,8 @@ def create_parser(recipe: Recipe) -> Parser:
         "grid")  # fmt: skip
     add("--augsub-bn", choices=("shared", "main"), default="shared", help="whether the sub-model's pass counts in the "
         "running batch statistics, as upstream's does, or the main model's alone")  # fmt: skip
+    add("--augsub-joint", action=switch, default=False, help="both passes share one backward, with the graphs of both "
+        "in memory")  # fmt: skip
 
     group = parser.add_argument_group("model")
     add = group.add_argument

@@ -108,6 +108,10 @@ class AugSub:
         The first graph can be freed before the second is built, so the peak memory is the plain recipe's. Given a DDP
         model, the main pass's forward and backward are held under `no_sync()`: a step costs one all-reduce.
 
+        `sum(augsub.losses(...)).backward()` is the same step with one backward: the same gradients to rounding and
+        still one all-reduce, for the memory of both graphs. Not with activation checkpointing and AugDrop or AugPath:
+        backward would recompute the sub pass at the main model's rates.
+
         Args:
             model: the model of `__init__`, bare, in DDP or compiled.
             x: images (B, 3, H, W), which both passes see.

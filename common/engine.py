@@ -56,6 +56,7 @@ class Trainer:
         autocast: dtype of autocast, or None for float32.
         accumulate: micro-batches per update. The last update of an epoch may have fewer.
         train_mode: whether drops and batch statistics act in the main pass.
+        joint: whether both passes share one backward, which holds the graphs of both.
     """
 
     process: Process
@@ -74,6 +75,7 @@ class Trainer:
     accumulate: int = 1
     memory_format: torch.memory_format = torch.contiguous_format
     train_mode: bool = True
+    joint: bool = False
     parameters: list[nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -90,12 +92,13 @@ class Trainer:
     def micro_step(self, images: Tensor, labels: Tensor, parts: int, last: bool) -> list[Tensor]:
         """Adds the gradients of one of `parts` micro-batches → the losses, unscaled: main and, with AugSub, sub."""
         x, y = self.batch(images, labels)
-        losses = []
+        losses: list[Tensor] = []
         with autocast(self.process.device, self.autocast):
-            for loss in self.augsub.losses(self.model, x, y, self.criterion, sync=last):
+            passes = self.augsub.losses(self.model, x, y, self.criterion, sync=last)
+            for group in [list(passes)] if self.joint else ([loss] for loss in passes):
                 with torch.autocast(self.process.device.type, enabled=False):
-                    self.scaler.scale(loss / parts).backward()
-                losses.append(loss.detach() / self.augsub.weight)
+                    self.scaler.scale(torch.stack(group).sum() / parts).backward()
+                losses += [loss.detach() / self.augsub.weight for loss in group]
         return losses
 
     def update(self) -> None:

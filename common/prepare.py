@@ -167,6 +167,7 @@ def create_trainer(
         accumulate=args.accum_iter,
         memory_format=memory_format,
         train_mode=args.train_mode,
+        joint=args.augsub_joint,
     )
 
 

@@ -85,6 +85,11 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"MODEL.TYPE {args.model_type}: this trainer has swin")
     if len(args.depths) != len(args.num_heads):
         raise ValueError(f"MODEL.SWIN: {len(args.depths)} DEPTHS for {len(args.num_heads)} NUM_HEADS")
+    if args.augsub_joint and args.use_checkpoint and args.augsub in ("dropout", "droppath"):
+        raise ValueError(
+            f"--augsub-joint with --use-checkpoint and --augsub {args.augsub}: backward would recompute the sub-model "
+            "at the main model's rates; leave out one of the two flags"
+        )
     if args.disable_amp or not args.amp_enable or args.amp_opt_level == "O0":
         args.amp = "off"
     if args.optim:

@@ -22,8 +22,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "swin_tiny_patch4_window7_224": SWIN,
     "resnet18": {"layers": (1, 1, 1, 1), "num_classes": 5},
 }
-CASES = [(name, kind, parts) for name in SMALL
-         for kind in ("none", "masking") for parts in (1, 3)]  # fmt: skip
+CASES = [(name, kind, parts, joint) for name in SMALL
+         for kind in ("none", "masking") for parts in (1, 3) for joint in (False, True)]  # fmt: skip
 BATCH = 12
 
 
@@ -52,24 +52,25 @@ def same_mask_for_all(model: nn.Module) -> None:
 
 
 def gradients(
-    model: nn.Module, called: nn.Module, augsub: AugSub, x: Tensor, y: Tensor, parts: int
+    model: nn.Module, called: nn.Module, augsub: AugSub, x: Tensor, y: Tensor, parts: int, joint: bool = False
 ) -> dict[str, Tensor]:
-    """Gradients of one update from `parts` micro-batches."""
+    """Gradients of one update from `parts` micro-batches, each with one backward where `joint` is set."""
     for part, (images, labels) in enumerate(zip(x.chunk(parts), y.chunk(parts)), start=1):
         torch.manual_seed(5)
-        for loss in augsub.losses(called, images, labels, F.cross_entropy, sync=part == parts):
+        losses = augsub.losses(called, images, labels, F.cross_entropy, sync=part == parts)
+        for loss in [torch.stack(list(losses)).sum()] if joint else losses:
             (loss / parts).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def ddp_steps(
-    rank: int, world: int, folder: Path, cases: list[tuple[str, str, int]] = CASES, ratio: float = 0.5
+    rank: int, world: int, folder: Path, cases: list[tuple[str, str, int, bool]] = CASES, ratio: float = 0.5
 ) -> None:
     """Gradients and the number of all-reduces of a DDP step in each case → a file of the first process."""
     torch.set_num_threads(1)
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     results = {}
-    for name, kind, parts in cases:
+    for name, kind, parts, joint in cases:
         model = build(name)
         augsub = AugSub(model, kind, ratio)
         same_mask_for_all(model)
@@ -86,7 +87,8 @@ def ddp_steps(
         # micro-batch m of all processes together is micro-batch m of the joined batch
         share = [torch.arange(BATCH).chunk(parts)[part].chunk(world)[rank] for part in range(parts)]
         mine = torch.cat(share)
-        results[name, kind, parts] = gradients(model, ddp, augsub, x[mine], y[mine], parts), list(rounds)
+        got = gradients(model, ddp, augsub, x[mine], y[mine], parts, joint)
+        results[name, kind, parts, joint] = got, list(rounds)
     if rank == 0:
         torch.save(results, folder / "results.pt")
     torch_dist.barrier()

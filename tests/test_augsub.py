@@ -311,6 +311,47 @@ def test_droppath_reaches_every_residual_branch_and_leaves_it_as_it_was(name, br
     assert any(trained) == bool(own)
 
 
+def two_ways(model: nn.Module, kind: str, x, y, criterion, dtype: torch.dtype | None = None):
+    """Gradients, both losses and running statistics of a step with two backwards, and of one with a single one."""
+    found = []
+    for joint in (False, True):
+        twin = copy.deepcopy(model)
+        torch.manual_seed(3)
+        augsub = AugSub(twin, kind, 0.5)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            passes = augsub.losses(twin, x, y, criterion)
+            losses = []
+            for group in [list(passes)] if joint else ([loss] for loss in passes):
+                torch.stack(group).sum().backward()
+                losses += [loss.detach() for loss in group]
+        found.append((gradients(twin), torch.stack(losses), dict(twin.named_buffers())))
+    return found
+
+
+@pytest.mark.parametrize(("name", "kind"), OFFERED)
+def test_one_backward_gives_the_gradients_of_two(name, kind):
+    """Batch statistics too: each pass is normalised by its own batch's, and both move the running ones, in order."""
+    (two, losses, buffers), (one, joint, moved) = two_ways(small(name), kind, images(name), LABELS, F.cross_entropy)
+    assert one.keys() == two.keys()
+    torch.testing.assert_close(joint, losses)
+    torch.testing.assert_close(moved, buffers)
+    for parameter, gradient in one.items():
+        scale = two[parameter].abs().max().item()
+        torch.testing.assert_close(gradient, two[parameter], rtol=1e-4, atol=1e-5 * scale + 1e-8, msg=parameter)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_one_backward_gives_the_gradients_of_two_with_each_loss(case, dtype):
+    criterion, y, _, _ = CASES[case]
+    (two, losses, _), (one, joint, _) = two_ways(small(), "masking", images(), y, criterion, dtype)
+    torch.testing.assert_close(joint, losses)
+    for parameter, gradient in one.items():
+        scale = two[parameter].norm().item()
+        error = (gradient - two[parameter]).norm().item()
+        assert error <= (1e-5 if dtype is None else 2e-2) * scale + 1e-8, parameter
+
+
 def test_refusals_say_what_would_do():
     model = small("resnet18")
     with pytest.raises(ValueError, match=r"ResNet has no place for dropout: it offers masking, droppath"):
@@ -366,7 +407,7 @@ def test_compiles_into_two_graphs_and_no_more(name, kind):
     assert counter.frame_count == 2
 
 
-ZERO_CASES = [("deit3_small_patch16_224", "droppath", 1), ("swin_tiny_patch4_window7_224", "masking", 3)]
+ZERO_CASES = [("deit3_small_patch16_224", "droppath", 1, False), ("swin_tiny_patch4_window7_224", "masking", 3, True)]
 
 
 @pytest.fixture(scope="module")
@@ -376,12 +417,12 @@ def zero_ratio(tmp_path_factory):
     return torch.load(folder / "results.pt")
 
 
-@pytest.mark.parametrize(("name", "kind", "parts"), ZERO_CASES)
-def test_two_processes_equal_one_at_ratio_zero(name, kind, parts, zero_ratio):
+@pytest.mark.parametrize(("name", "kind", "parts", "joint"), ZERO_CASES)
+def test_two_processes_equal_one_at_ratio_zero(name, kind, parts, joint, zero_ratio):
     """Both passes, the same function twice: gradients of the joined batch for one all-reduce, in its one bucket."""
     model = build(name)
     expected = gradients_of_step(model, model, AugSub(model, kind, 0.0), *joined_batch(name), parts)
-    got, rounds = zero_ratio[name, kind, parts]
+    got, rounds = zero_ratio[name, kind, parts, joint]
     assert rounds == [0]
     assert got.keys() == expected.keys() and "mask_token" not in got
     for parameter, gradient in got.items():

@@ -18,23 +18,23 @@ def two_processes(tmp_path_factory):
     return torch.load(folder / "results.pt")
 
 
-@pytest.mark.parametrize(("name", "kind", "parts"), CASES)
-def test_two_processes_gradients_equal_ones_on_the_joined_batch(name, kind, parts, two_processes, monkeypatch):
+@pytest.mark.parametrize(("name", "kind", "parts", "joint"), CASES)
+def test_two_processes_gradients_equal_ones_on_the_joined_batch(name, kind, parts, joint, two_processes, monkeypatch):
     monkeypatch.setattr(common.masking, "block_mask", common.masking.block_mask)  # put back after the test
     model = build(name)
     augsub = AugSub(model, kind, 0.5)
     same_mask_for_all(model)
     expected = gradients(model, model, augsub, *joined_batch(name), parts)
-    got, _ = two_processes[name, kind, parts]
+    got, _ = two_processes[name, kind, parts, joint]
     assert got.keys() == expected.keys()
     assert kind == "none" or "mask_token" in got or not name.startswith("swin")
     for parameter, gradient in got.items():
         torch.testing.assert_close(gradient, expected[parameter], rtol=1e-4, atol=1e-6, msg=parameter)
 
 
-@pytest.mark.parametrize(("name", "kind", "parts"), CASES)
-def test_a_step_costs_one_all_reduce(name, kind, parts, two_processes):
+@pytest.mark.parametrize(("name", "kind", "parts", "joint"), CASES)
+def test_a_step_costs_one_all_reduce(name, kind, parts, joint, two_processes):
     """DDP reduces in as many pieces as it has buckets, each of them once a step, whatever the number of passes."""
-    _, rounds = two_processes[name, kind, parts]
+    _, rounds = two_processes[name, kind, parts, joint]
     assert sorted(rounds) == list(range(len(rounds)))
     assert 1 <= len(rounds) <= 2

@@ -124,6 +124,7 @@ def test_command_line_over_opts_over_file():
     (["--opts", "TRAIN.EPOCHS"], "'TRAIN.EPOCHS' has no value"),
     (["--cfg", "none.yaml"], "--cfg none.yaml: there is no such file; configs/swin/swin_base"),
     (["--opts", "MODEL.TYPE", "swinv2"], "MODEL.TYPE swinv2: this trainer has swin"),
+    (["--augsub-joint", "--use-checkpoint", "--augsub", "droppath"], "backward would recompute the sub-model"),
     (["--opts", "MODEL.SWIN.DEPTHS", "[2, 2]"], "2 DEPTHS for 4 NUM_HEADS"),
     (["--opts", "MODEL.SWIN.DEPTHS", "[2, two]"], "MODEL.SWIN.DEPTHS must be a list of numbers, not [2, 'two']"),
     (["--opts", "MODEL.SWIN.DEPTHS", "[2,"], "--opts: MODEL.SWIN.DEPTHS cannot be '[2,', which is not YAML"),
@@ -193,6 +194,19 @@ def test_activation_checkpointing_recomputes_the_masked_pass():
     assert plain["mask_token"].abs().max() > 0
     for name, gradient in plain.items():
         torch.testing.assert_close(gradient, recomputed[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_one_backward_for_both_passes_is_the_same_step():
+    """Through the trainer: gradients, and the losses that it reports."""
+    found = []
+    for flags in ([], ["--augsub-joint"]):
+        trainer = job(*flags).trainer
+        torch.manual_seed(3)
+        x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
+        losses = torch.stack(trainer.micro_step(x, y, parts=2, last=True))
+        found.append({"losses": losses} | {n: p.grad for n, p in trainer.bare.named_parameters()})
+    assert found[0]["losses"].shape == (2,)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_of_both_passes_are_clipped_together():
