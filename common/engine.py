@@ -194,7 +194,7 @@ def train_one_epoch(
         parts = min(trainer.accumulate, batches - (done - 1) * trainer.accumulate)
         for part, (images, labels, bad) in enumerate(chunk, start=1):
             unreadable.add(bad)
-            if (labels == NONE).any():
+            if (labels.numpy() == NONE).any():
                 raise StopTraining(f"a hundred images drawn in place of {bad[-1]} could not be read either")
             window.add(trainer.micro_step(images, labels, parts, last=part == parts), len(images), done)
         trainer.update()
@@ -314,7 +314,7 @@ class Unreadable:
 
 def check_labels(labels: Tensor, classes: int) -> None:
     """labels: (B,) on the host; raises StopTraining where one is not below `classes`."""
-    if len(labels) and labels.max() >= classes:
+    if len(labels) and labels.numpy().max() >= classes:
         raise StopTraining(f"the data has the label {int(labels.max())}, beyond --nb-classes {classes}")
 
 

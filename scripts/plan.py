@@ -72,7 +72,7 @@ def cost(stage: Stage, kind: str, flags: Sequence[str]) -> Cost:
     images = DIGITS if stage.variant is None else IMAGENET
     batch = args.batch_size * args.accum_iter * stage.nodes * stage.gpus
     steps = args.epochs * (images // batch)
-    found = measure(stage, args)
+    found = measure(stage.recipe, args)
     # float32 weights, gradients, two moments and the average; the activations of one pass, in 16 bits
     state = found.weights * 4 * (4 + bool(args.model_ema))
     return Cost(steps, steps * batch * (found.main + found.sub) * (1 + BACKWARD), state + found.saved * args.batch_size)
@@ -91,12 +91,12 @@ class Measured:
 _MEASURED: dict[tuple, Measured] = {}
 
 
-def measure(stage: Stage, args: argparse.Namespace) -> Measured:
+def measure(recipe: str, args: argparse.Namespace) -> Measured:
     """Counts on torch's meta device, where nothing is computed."""
-    key = (stage.recipe, args.model, args.input_size, args.augsub, args.augsub_ratio, args.drop_path > 0)
+    key = (recipe, args.model, args.input_size, args.nb_classes, args.augsub, args.augsub_ratio, args.drop_path > 0)
     if key not in _MEASURED:
         with torch.device("meta"):
-            model = RECIPES[stage.recipe].create_model(args, args.nb_classes or 1000)
+            model = RECIPES[recipe].create_model(args, args.nb_classes or 1000)
             augsub = AugSub(model, args.augsub, args.augsub_ratio, block=args.augsub_block)
             images = torch.zeros(2, 3, args.input_size, args.input_size)
         model.train()
