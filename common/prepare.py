@@ -250,12 +250,13 @@ def use_deterministic_kernels() -> None:
 
 
 def autocast_dtype(amp: str | None, device: torch.device) -> torch.dtype | None:
-    """dtype of mixed precision; by default bfloat16 where the hardware computes in it, else none."""
+    """dtype of mixed precision; by default bfloat16 where the hardware is faster in it, else none."""
     if amp is None:
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+            # with AVX-512's bf16 instructions alone, a step of ViT-S takes 1.7 times as long as in float32
+            native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_amx_tile_supported()
         amp = "bf16" if native else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
