@@ -148,8 +148,9 @@ def step(recipe: Recipe, flags: Sequence[str]) -> None:
         subjects = [timing.prepare_subject(recipe, mode, process, args.warmup) for mode in modes]
         dtypes = [subject.trainer.autocast or torch.float32 for subject in subjects]
         rates: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
-        for _ in range(args.rounds):
-            for subject in subjects:
+        for turn in range(args.rounds):
+            first = turn % len(subjects)  # the one that comes first finds the caches cold
+            for subject in subjects[first:] + subjects[:first]:
                 subject.round(args.steps)
             for dtype, values in rates.items():
                 values.append(timing.matrix_rate(process.device, dtype))
@@ -159,7 +160,7 @@ def step(recipe: Recipe, flags: Sequence[str]) -> None:
         for subject, dtype, waited, counted in zip(subjects, dtypes, waits, sent):
             counts = {"waits": waited, "communication": counted}
             figures.append(figures_of(recipe, subject, dtype, rates[dtype]) | counts)
-        compare(figures, [subject.seconds for subject in subjects])
+        compare(figures, [subject.seconds for subject in subjects], [subject.cpu for subject in subjects])
         report(recipe, args, process, "step", model_of(recipe, args), figures)
     print(table_of_time(figures), table_of_work(figures), sep="\n\n")
     if args.profile:
@@ -183,6 +184,7 @@ def figures_of(recipe: Recipe, subject: timing.Subject, dtype: torch.dtype, rate
         "images_per_step": images,
         "images_per_second": spread(speed),
         "ms_per_step": spread([1000 * value for value in seconds]),
+        "cpu_ms_per_step": spread([1000 * value for value in subject.cpu]),
         "ms": {part: spread([1000 * entry[part] for entry in subject.rounds]) for part in timing.PARTS},
         "peak_bytes": subject.peak,
         "parameters": parameters,
@@ -195,21 +197,25 @@ def figures_of(recipe: Recipe, subject: timing.Subject, dtype: torch.dtype, rate
     }
 
 
-def compare(figures: list[dict[str, Any]], seconds: list[list[float]]) -> None:
+def compare(figures: list[dict[str, Any]], seconds: list[list[float]], cpu: list[list[float]]) -> None:
     """Adds each mode's ratios: to the first mode of its trainer, and of the reference's time with its drop to its own;
-    of the times round by round, since what is slow in one round is so for all."""
-    for mine, own in zip(figures, seconds):
+    of the times round by round, since what is slow in one round is so for all. Time on the CPU is what remains of that
+    on a machine that is busy with other work.
+    """
+    for mine, own, worked in zip(figures, seconds, cpu):
         base = next(i for i, other in enumerate(figures) if other["reference"] == mine["reference"])
         first = figures[base]
         mine["to_first"] = {
             "name": first["name"],
             "time": spread([a / b for a, b in zip(own, seconds[base])]),
+            "cpu_time": spread([a / b for a, b in zip(worked, cpu[base])]),
             "multiply_adds": sum(mine["multiply_adds"].values()) / sum(first["multiply_adds"].values()),
             "peak_bytes": mine["peak_bytes"] / first["peak_bytes"],
         }
         against = [i for i, other in enumerate(figures) if other["reference"] and other["kind"] == mine["kind"]]
         if against and not mine["reference"]:
             mine["speed_over_reference"] = spread([b / a for a, b in zip(own, seconds[against[0]])])
+            mine["cpu_speed_over_reference"] = spread([b / a for a, b in zip(worked, cpu[against[0]])])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -226,17 +232,18 @@ def shown(value: dict[str, float], digits: int = 0) -> str:
 
 
 def table_of_time(figures: list[dict[str, Any]]) -> str:
-    """Where a step's time goes."""
-    head = ["", "images/s", "ms a step", *timing.PARTS, f"x {figures[0]['name']}"]
-    if any("speed_over_reference" in f for f in figures):
-        head.append("x ref.")
+    """Where a step's time goes. "CPU" is the ratio before it in time that the process had the cores."""
+    head = ["", "images/s", "ms a step", *timing.PARTS, f"x {figures[0]['name']}", "CPU"]
+    head += ["x ref.", "CPU"] if any("speed_over_reference" in f for f in figures) else []
     rows = []
     for f in figures:
         digits = 1 if f["ms_per_step"]["median"] < 100 else 0
         row = [f["name"], f"{f['images_per_second']['median']:.1f}", shown(f["ms_per_step"], digits)]
         row += [f"{f['ms'][part]['median']:.{digits}f}" for part in timing.PARTS]
-        row += [f"{f['to_first']['time']['median']:.2f}"]
-        rows.append([*row, *([f"{f['speed_over_reference']['median']:.2f}"] if "speed_over_reference" in f else [])])
+        row += [f"{f['to_first'][name]['median']:.2f}" for name in ("time", "cpu_time")]
+        if "speed_over_reference" in f:
+            row += [f"{f[name]['median']:.2f}" for name in ("speed_over_reference", "cpu_speed_over_reference")]
+        rows.append(row)
     return aligned([head, *rows])
 
 

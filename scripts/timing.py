@@ -191,6 +191,7 @@ class Subject:
         batches: on the host.
         peak: bytes of tensors at the fullest moment of a step.
         rounds: seconds a step of each part, one entry a round.
+        cpu: seconds a step that this process had the cores, all threads together, one entry a round.
     """
 
     mode: Mode
@@ -199,6 +200,7 @@ class Subject:
     watch: Stopwatch
     peak: int = 0
     rounds: list[dict[str, float]] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     done: int = 0
 
     def step(self) -> None:
@@ -216,11 +218,12 @@ class Subject:
         device = self.trainer.process.device
         self.watch.stretches.clear()
         wait_for(device)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
             self.step()
         wait_for(device)
         whole = time.perf_counter() - start
+        self.cpu.append((time.process_time() - cpu) / steps)
         spent = self.watch.read()
         spent["host"] = max(0.0, whole - sum(spent.values()))
         self.rounds.append({part: seconds / steps for part, seconds in spent.items()})
