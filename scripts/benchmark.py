@@ -233,12 +233,17 @@ def shown(value: dict[str, float], digits: int = 0) -> str:
 
 def table_of_time(figures: list[dict[str, Any]]) -> str:
     """Where a step's time goes. "CPU" is the ratio before it in time that the process had the cores."""
-    head = ["", "images/s", "ms a step", *timing.PARTS, f"x {figures[0]['name']}", "CPU"]
+    parts = [{"forward": "forw.", "backward": "backw.", "optimizer": "optim."}.get(part, part) for part in timing.PARTS]
+    head = ["", "images/s", "ms a step", *parts, f"x {figures[0]['name']}", "CPU"]
     head += ["x ref.", "CPU"] if any("speed_over_reference" in f for f in figures) else []
     rows = []
     for f in figures:
         digits = 1 if f["ms_per_step"]["median"] < 100 else 0
-        row = [f["name"], f"{f['images_per_second']['median']:.1f}", shown(f["ms_per_step"], digits)]
+        row = [
+            f["name"].replace("reference", "ref."),
+            f"{f['images_per_second']['median']:.1f}",
+            shown(f["ms_per_step"], digits),
+        ]
         row += [f"{f['ms'][part]['median']:.{digits}f}" for part in timing.PARTS]
         row += [f"{f['to_first'][name]['median']:.2f}" for name in ("time", "cpu_time")]
         if "speed_over_reference" in f:
@@ -255,7 +260,7 @@ def table_of_work(figures: list[dict[str, Any]]) -> str:
     for f in figures:
         sent = f["communication"] or {"bytes": 0, "all_reduces": 0}
         rows.append([
-            f["name"], f"{sum(f['multiply_adds'].values()) / 1e9:.3f}", f"{f['to_first']['multiply_adds']:.2f}",
+            f["name"].replace("reference", "ref."), f"{sum(f['multiply_adds'].values()) / 1e9:.3f}", f"{f['to_first']['multiply_adds']:.2f}",
             f"{f['flops_per_second'] / 1e12:.3f}", f"{f['share_of_matrix_rate']:.0%}", f"{f['peak_bytes'] / 1e6:.1f}",
             f"{f['to_first']['peak_bytes']:.2f}", f"{sent['bytes'] / 1e6:.1f}", f"{sent['all_reduces']}",
         ])  # fmt: skip
