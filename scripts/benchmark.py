@@ -164,7 +164,7 @@ def step(recipe: Recipe, flags: Sequence[str]) -> None:
         report(recipe, args, process, "step", model_of(recipe, args), figures)
     print(table_of_time(figures), table_of_work(figures), sep="\n\n")
     if args.profile:
-        times = ", ".join(f"{f['name']} {f['waits']['waits']}" for f in figures)
+        times = ", ".join(f"{short(f)} {f['waits']['waits']}" for f in figures)
         print(f"\nwaits for the device in {figures[0]['waits']['updates']} steps between log lines: {times}")
 
 
@@ -231,6 +231,11 @@ def shown(value: dict[str, float], digits: int = 0) -> str:
     return f"{value['median']:.{digits}f} ± {(value['quartile_3'] - value['quartile_1']) / 2:.{digits}f}"
 
 
+def short(figure: dict[str, Any]) -> str:
+    """The name of a mode as the tables have it."""
+    return str(figure["name"]).replace("reference", "ref.")
+
+
 def table_of_time(figures: list[dict[str, Any]]) -> str:
     """Where a step's time goes. "CPU" is the ratio before it in time that the process had the cores."""
     parts = [{"forward": "forw.", "backward": "backw.", "optimizer": "optim."}.get(part, part) for part in timing.PARTS]
@@ -260,14 +265,14 @@ def table_of_work(figures: list[dict[str, Any]]) -> str:
     for f in figures:
         sent = f["communication"] or {"bytes": 0, "all_reduces": 0}
         rows.append([
-            f["name"].replace("reference", "ref."), f"{sum(f['multiply_adds'].values()) / 1e9:.3f}", f"{f['to_first']['multiply_adds']:.2f}",
+            short(f), f"{sum(f['multiply_adds'].values()) / 1e9:.3f}", f"{f['to_first']['multiply_adds']:.2f}",
             f"{f['flops_per_second'] / 1e12:.3f}", f"{f['share_of_matrix_rate']:.0%}", f"{f['peak_bytes'] / 1e6:.1f}",
             f"{f['to_first']['peak_bytes']:.2f}", f"{sent['bytes'] / 1e6:.1f}", f"{sent['all_reduces']}",
         ])  # fmt: skip
     f = figures[0]
     note = f"matrix product in {f['dtype']}: {f['matrix_flops_per_second']['median'] / 1e12:.3f} TFLOP/s"
     if f["communication"] is None:
-        note += f"; one process sends nothing, several {f['gradient_bytes'] / 1e6:.1f} MB of gradients each"
+        note += f"; one process sends nothing, several {f['gradient_bytes'] / 1e6:.1f} MB each"
     return aligned([head, *rows]) + f"\n{note}"
 
 
