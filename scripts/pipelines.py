@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, Subset
 
-from common.data import Views, batches_of, open_data_set, training_loader, training_transform
+from common.data import open_data_set
 from common.dist import Process, seed_everything
-from common.engine import Trainer, Unreadable, train_one_epoch
+from common.engine import Trainer, Unreadable, Watch, train_one_epoch
+from common.loader import Views, batches_of, training_loader, training_transform
 from common.recipe import Recipe
 from scripts.timing import Mode, build
 
@@ -120,7 +121,7 @@ class Training:
         seed_everything(self.mode.args.seed, 0, epoch)
         watch = Waiting(batches_of(self.loader, epoch))
         train_one_epoch(
-            self.trainer, watch, self.batches, epoch, self.mode.args.log_interval, lambda report: None,
+            self.trainer, watch, self.batches, epoch, Watch(self.mode.args.log_interval, lambda report: None),
             Unreadable(len(self.loader.dataset), "training", print),
         )  # fmt: skip
         self.rounds.append((watch.images, time.perf_counter() - watch.began, watch.waited))

@@ -12,6 +12,7 @@ and curves have to be those of an undisturbed run, bit for bit. Exits with statu
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import signal
@@ -157,7 +158,7 @@ class Soak:
         folder = self.folder / f"undisturbed-{setting.recipe}-{setting.processes}-{setting.workers}"
         began = time.monotonic()
         process = setting.start(folder)
-        while not (folder / SETTINGS).exists() and process.poll() is None:
+        while not any(folder.rglob(SETTINGS)) and process.poll() is None:
             time.sleep(0.1)
         start = time.monotonic() - began
         if process.wait():
@@ -268,27 +269,34 @@ def is_trainer(pid: int, setting: Setting) -> bool:
         setting.processes == 1 or launcher in command_of(above))  # fmt: skip
 
 
+def checkpoint_in(folder: Path) -> Path | None:
+    """A run's newest checkpoint; the Swin recipe makes folders of its own for it."""
+    return next(folder.rglob(checkpoint.LAST), None)
+
+
 def progress(folder: Path) -> str:
     """How far a run's newest checkpoint is."""
-    try:
-        content = files.load(folder / checkpoint.LAST)
-    except ValueError:
+    path = checkpoint_in(folder)
+    if path is None:
         return "nothing yet"
+    content = files.load(path)
     position = content["position"]
     return f"epoch {content['epoch'] + 2}, step {position['update'] if position is not None else 0}"
 
 
 def finished(folder: Path) -> bool:
     """Whether a run is at its end, not stopped on request."""
-    if not (folder / checkpoint.LAST).exists():
+    path = checkpoint_in(folder)
+    if path is None:
         return False
-    content = files.load(folder / checkpoint.LAST)
+    content = files.load(path)
     return content["position"] is None and content["epoch"] + 1 == content["args"]["epochs"]
 
 
 def compare(some: Path, other: Path) -> list[str]:
     """What two runs differ in, to the bit: checkpoints but for their settings, log.txt, curves."""
     found = []
+    some, other = (path.parent for folder in (some, other) if (path := checkpoint_in(folder)) is not None)
     for name in (checkpoint.LAST, checkpoint.BEST):
         ours, theirs = (files.load(folder / name) for folder in (some, other))
         for content in (ours, theirs):
@@ -303,6 +311,7 @@ def differing_curves(some: Path, other: Path) -> list[str]:
     """Names of TensorBoard's curves that do not have the same points; speed may differ."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each start after a kill
     curves = [EventAccumulator(str(folder / CURVES), size_guidance={"scalars": 0}).Reload() for folder in (some, other)]
     names = set().union(*(curve.Tags()["scalars"] for curve in curves)) - {"speed/images_per_second"}
     points = [{name: [(p.step, p.value) for p in curve.Scalars(name)] if name in curve.Tags()["scalars"] else None

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from common.dist import Process
-from common.engine import Batch, Trainer, Unreadable, train_one_epoch
+from common.engine import Batch, Trainer, Unreadable, Watch, train_one_epoch
 from common.prepare import create_trainer
 from common.recipe import Recipe
 
@@ -360,7 +360,8 @@ def waits_of(recipe: Recipe, mode: Mode, process: Process, steps: int = 3) -> di
 
     count = 2 * steps * trainer.accumulate
     loader = (batches[i % len(batches)] for i in range(count))
-    train_one_epoch(trainer, loader, count, 0, count, lambda report: None, Unreadable(1, "training", print), tick=tick)
+    watch = Watch(count, lambda report: None, tick)
+    train_one_epoch(trainer, loader, count, 0, watch, Unreadable(1, "training", print))
     events = [event for event in recorded.events() if event.device_type == DeviceType.CPU]
     (within,) = (event.time_range for event in events if event.name == "between reports")
     events = [e for e in events if within.start <= e.time_range.start and e.time_range.end <= within.end]
