@@ -253,7 +253,7 @@ def create_parser(recipe: Recipe) -> Parser:
     add("--deterministic", action=switch, default=False, help="only kernels that give the same bits each time, also on "
         "a GPU")  # fmt: skip
     add("--device", default=None, help="cuda or cpu; the GPU where there is one")
-    add("--amp", choices=("bf16", "fp16", "off"), default=None, help="autocast; bf16 where the hardware has it")
+    add("--amp", choices=("bf16", "fp16", "off"), default=None, help="autocast; bf16 where the hardware is fast in it")
     add("--compile", action=switch, default=False, help="torch.compile the model")
     add("--channels-last", action=switch, default=False, help="memory format of images and convolutions")
     add("--log-interval", type=int, default=50, help="optimizer steps between log lines")

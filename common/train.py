@@ -17,7 +17,7 @@ from timm.utils import distribute_bn
 
 from common import checkpoint, dist
 from common.args import parse
-from common.engine import Interrupted, Position, Watch, autocast, evaluate, train_one_epoch
+from common.engine import Interrupted, Position, Trainer, Watch, autocast, evaluate, train_one_epoch
 from common.errors import Leaving, StopTraining
 from common.files import keep_as
 from common.loader import NONE, batches_of, end_processes, failure_of
@@ -198,17 +198,23 @@ def pause(job: Job, epoch: int, position: Position | None = None) -> None:
     job.log.line(f"asked to stop ({job.stopped}): stopped {where}; {again}")
 
 
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """What training changes: weights, their average, optimizer, scaler; as it is, not a copy."""
+    return {
+        "model": trainer.bare.state_dict(),
+        "model_ema": trainer.ema.module.state_dict() if trainer.ema is not None else None,
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+    }
+
+
 def save(job: Job, epoch: int, position: Position | None = None, own: list[dict[str, Any]] | None = None) -> None:
     """Copies the state after an epoch, or at a position in the middle of the next one, and has it written in the
     background, under all its names."""
     assert job.folder is not None
     trainer, folder, best = job.trainer, job.folder, dict(job.best)
     job.writer.wait()  # at most one copy at a time
-    state = snapshot({
-        "model": job.model.state_dict(),
-        "model_ema": trainer.ema.module.state_dict() if trainer.ema is not None else None,
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
+    state = snapshot(state_of(trainer) | {
         "epoch": epoch,
         "best": best,
         "args": plain(vars(job.args)),

@@ -8,6 +8,7 @@
 step        a training step: images/s, where its time goes, memory, arithmetic, what is sent between processes
 data        images/s that a core makes of JPEGs, for the recipes' augmentations
 end-to-end  a short real training with loader processes: images/s, and the share of time spent waiting for data
+save        a checkpoint written while training goes on: for how long a step waits, beside what a step takes
 
 The first word after the command is a recipe (deit). Flags are those of its trainer, --variant and --model among them,
 and without either its small model for the digits is measured; --augsub takes several drops, with commas between them:
@@ -46,7 +47,7 @@ from scripts import pipelines, plan, timing  # noqa: E402
 from scripts.table import RECIPES  # noqa: E402
 
 NAMES = {"none": "plain", "masking": "AugMask", "dropout": "AugDrop", "droppath": "AugPath"}
-COMMANDS = ("step", "data", "end-to-end")
+COMMANDS = ("step", "data", "end-to-end", "save")
 DATA_ROWS = {"deit": "small_400", "mae": "base_100", "swin": "tiny", "resnet_rsb": "resnet50"}
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     """Measures what is asked for; ends with status 2 and one sentence on bad input."""
     command, recipe, flags = opening(sys.argv[1:])
     try:
-        {"step": step, "data": data, "end-to-end": end_to_end}[command](recipe, flags)
+        {"step": step, "data": data, "end-to-end": end_to_end, "save": save}[command](recipe, flags)
     except ValueError as error:
         leave(str(error))
     except StopTraining as stop:
@@ -345,6 +346,36 @@ def end_to_end(recipe: Recipe, flags: Sequence[str]) -> None:
         [f["name"], shown(f["images_per_second"], 1), f"{f['waiting']['median']:.1%}", str(f["loader_processes"])]
         for f in figures
     ]
+    print(aligned([head, *lines]))
+
+
+def save(recipe: Recipe, flags: Sequence[str]) -> None:
+    """Checkpoints that are written while training goes on, in a temporary folder."""
+    modes = modes_of(recipe, flags)
+    args = modes[0].args
+    with started(args.device) as process, tempfile.TemporaryDirectory() as folder:
+        figures: list[dict[str, Any]] = []
+        for mode in modes:
+            subject = timing.prepare_subject(recipe, mode, process, args.warmup)
+            stalls, writes, beside = timing.save_rounds(
+                subject, Path(folder, "checkpoint.pth"), args.rounds, args.steps
+            )
+            figures.append({
+                "name": mode.name,
+                "kind": mode.kind,
+                "parameters": sum(p.numel() for p in subject.trainer.bare.parameters()),
+                "bytes": Path(folder, "checkpoint.pth").stat().st_size,
+                "step": spread(subject.seconds),
+                "stall": spread(stalls),
+                "write": spread(writes),
+                "step_beside": spread(beside),
+            })  # fmt: skip
+        report(recipe, args, process, "save", model_of(recipe, args), figures)
+    head = ["", "parameters", "file", "s a step", "s a step waits", "s a write", "s a step beside it"]
+    lines = []
+    for f in figures:
+        times = [shown(f[name], 2) for name in ("step", "stall", "write", "step_beside")]
+        lines.append([f["name"], f"{f['parameters'] / 1e6:.1f}M", f"{f['bytes'] / 1e6:,.1f} MB", *times])
     print(aligned([head, *lines]))
 
 

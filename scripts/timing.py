@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from common import checkpoint
 from common.dist import Process
 from common.engine import Batch, Trainer, Unreadable, Watch, train_one_epoch
 from common.prepare import create_trainer
 from common.recipe import Recipe
+from common.train import state_of
+from common.writer import Writer, snapshot
 
 PARTS = ("forward", "backward", "optimizer", "EMA", "host")
 BATCHES_OF_EPOCH = 5000  # of the schedule, whose first rate is taken
@@ -245,6 +249,35 @@ def prepare_subject(recipe: Recipe, mode: Mode, process: Process, warmup: int) -
         subject.step()
     subject.peak = peak_memory(subject, before)
     return subject
+
+
+def save_rounds(subject: Subject, path: Path, rounds: int, steps: int) -> tuple[list[float], list[float], list[float]]:
+    """Saves in the background while training goes on → seconds that each save keeps training waiting, that its write
+    takes, and that each step beside a write takes."""
+    stalls, writes, beside = [], [], []
+    writer = Writer()
+    ended: list[float] = []
+
+    def write(state: dict[str, Any]) -> None:
+        checkpoint.save(path, state, keep=1)
+        ended.append(time.perf_counter())
+
+    for _ in range(rounds):
+        subject.round(steps)
+        wait_for(subject.trainer.process.device)
+        began = time.perf_counter()
+        state = snapshot(state_of(subject.trainer))
+        writer.start(partial(write, state))
+        stalls.append(time.perf_counter() - began)
+        del state
+        while writer.thread is not None and writer.thread.is_alive():
+            start = time.perf_counter()
+            subject.step()
+            wait_for(subject.trainer.process.device)
+            beside.append(time.perf_counter() - start)
+        writer.wait()
+        writes.append(ended[-1] - began)
+    return stalls, writes, beside
 
 
 def peak_memory(subject: Subject, before: int) -> int:

@@ -156,6 +156,14 @@ def test_end_to_end_with_loader_processes(tmp_path):
         assert 0 <= figure["waiting"]["median"] <= 1
 
 
+def test_a_checkpoint_is_written_beside_training(tmp_path):
+    entry, printed = measured(tmp_path, "save", "--batch-size", "8", "--augsub", "masking", "--rounds", "2")
+    (figure,) = entry["figures"]
+    assert figure["bytes"] > 4 * 4 * figure["parameters"] > 0, "weights, their average, and two moments"
+    assert all(figure[name]["median"] > 0 for name in ("step", "stall", "write", "step_beside"))
+    assert figure["stall"]["median"] < figure["write"]["median"] and "s a step waits" in printed
+
+
 @pytest.mark.parametrize(("words", "sentence"), [
     (["step", "--model", "vit_smal_patch16_224"], "unknown model 'vit_smal_patch16_224': did you mean vit_small"),
     (["step", "resnet_rsb", "--augsub", "none,dropout"], "ResNet has no place for dropout: it offers masking, droppath"),
