@@ -17,6 +17,7 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 
 LEAVING = "leaving"  # a count in the store that the processes share
+AFRESH = "afresh"  # our way for processes to meet, as PyTorch's addresses name it
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,17 @@ def _store() -> torch_dist.Store:
     return torch_dist.distributed_c10d._get_default_store()
 
 
+def _rendezvous_afresh(url: str, **kwargs: Any) -> Iterator[tuple[torch_dist.Store, int, int]]:
+    """Has the processes meet as the environment says, apart from those of an earlier start by the same torchrun: they
+    share its store, and could find the others' old addresses in it, and wait there for ever."""
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    for store, rank, world_size in torch_dist.rendezvous(url.replace(AFRESH, "env", 1), **kwargs):
+        yield torch_dist.PrefixStore(f"start-{start}", store), rank, world_size
+
+
+torch_dist.register_rendezvous_handler(AFRESH, _rendezvous_afresh)
+
+
 @contextmanager
 def started(device: str | None) -> Iterator[Process]:
     """Joins the other processes of the run, over NCCL on GPUs and gloo on CPUs, and leaves them at the end.
@@ -68,7 +80,7 @@ def started(device: str | None) -> Iterator[Process]:
         raise ValueError(f"--device {device}: unknown, use cuda or cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine has no GPU that PyTorch can use; --device cpu would do")
-    found = init_distributed_device_so(device)
+    found = init_distributed_device_so(device, dist_url=f"{AFRESH}://")
     try:
         yield Process(torch.device(found["device"]), found["global_rank"], found["world_size"], found["local_rank"])
     finally:
