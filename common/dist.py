@@ -110,8 +110,10 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Puts back what `random_state` gave."""
     random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    kind, keys, place, *rest = state["numpy"]
+    if keys.shape != (624,) or not 0 <= place <= 624:  # numpy would read beyond them
+        raise ValueError("a generator's state is out of range")
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), place, *rest))
     torch.random.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

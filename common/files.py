@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import pickle
+import pickletools
 import shutil
 import time
 import zipfile
@@ -186,7 +187,7 @@ def load(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             content: Any = {"model": load_file(path)}
         else:
-            _check_archive(path, size)
+            _check_pickles(path, size)
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Refused as error:
@@ -202,10 +203,11 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: this is no checkpoint, but a {type(content).__name__} of other things")
     try:
         _check_content(content, size)
+        written = content.pop(DIGEST, None)
+        if written is not None and written != digest(content):
+            raise Refused("the file is damaged: its content is not what was written")
     except Refused as error:
         raise ValueError(f"{path}: {error}") from error
-    if content.pop(DIGEST, None) not in (None, digest(content)):
-        raise ValueError(f"{path}: the file is damaged: its content is not what was written")
     return content
 
 
@@ -213,20 +215,65 @@ class Refused(Exception):
     """A file is not what it should be; the message says why."""
 
 
-def _check_archive(path: Path, size: int) -> None:
-    """Refuses an archive that unpacks to more than it is; files of torch before 1.6 are none."""
-    if not zipfile.is_zipfile(path):
+def _check_pickles(path: Path, size: int) -> None:
+    """Looks at a file before it is unpickled: refuses an archive that unpacks to more than it is, and what would take
+    memory or time beyond the file's size while it is built."""
+    if not zipfile.is_zipfile(path):  # of torch before 1.6: five pickles, and then the weights
+        with open(path, "rb") as file:
+            for _ in range(5):
+                _check_pickle(file)
         return
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise Refused("refused, since its content is compressed, which that of a checkpoint is not")
-    if sum(entry.file_size for entry in entries) > size:
-        raise Refused("refused, since it would unpack to more than the file holds")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise Refused("refused, since its content is compressed, which that of a checkpoint is not")
+        if sum(entry.file_size for entry in entries) > size:
+            raise Refused("refused, since it would unpack to more than the file holds")
+        for entry in entries:
+            if entry.filename.endswith("data.pkl"):
+                with archive.open(entry) as file:
+                    _check_pickle(file)
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    """Follows a pickle without building anything. Tuples can be keys, which are hashed in depth when they are built:
+    those of tuples of tuples … are bounded; and `bytearray`, which PyTorch lets through, may ask for any size."""
+    stack: list[Any] = []  # of each value the depth of its tuples, and its parts; None for a mark
+    memo: dict[Any, Any] = {}
+    for operation, argument, _ in pickletools.genops(file):
+        name, takes, gives = operation.name, operation.stack_before, operation.stack_after
+        if name in ("GLOBAL", "INST") and "bytearray" in str(argument):
+            raise Refused("refused, since it makes arrays of bytes, which a checkpoint does not need")
+        if name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+            raise Refused("refused, since it carries code to run on loading, or the like")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else argument] = stack[-1]
+            continue
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+            continue
+        if name == "MARK":
+            stack.append(None)
+            continue
+        parts = []
+        if pickletools.stackslice in takes:
+            while (part := stack.pop()) is not None:
+                parts.append(part)
+        for _ in range(len([kind for kind in takes if kind not in (pickletools.stackslice, pickletools.markobject)])):
+            parts.append(stack.pop())
+        depth, count = 0, 1
+        if name.startswith("TUPLE"):
+            depth, count = 1 + max((d for d, _ in parts), default=0), 1 + sum(c for _, c in parts)
+            if depth > DEEPEST or count > MOST_ITEMS:
+                raise Refused(f"refused, since it nests more than {MOST_ITEMS:,} items, or deeper than {DEEPEST}")
+        if name == "DUP":
+            gives, (depth, count) = list(gives), parts[0]
+        stack += [(depth, count)] * len(gives)
 
 
 def _check_content(content: dict[str, Any], size: int) -> None:
-    """Refuses what would take more time or memory to go through than the file's size tells."""
+    """Refuses what would take more time or memory to go through than the file's size tells, and keys that are no names
+    and no numbers."""
     waiting: list[tuple[Any, int]] = [(content, 0)]
     items = spread = 0
     while waiting:
@@ -235,13 +282,15 @@ def _check_content(content: dict[str, Any], size: int) -> None:
         if items > MOST_ITEMS or depth > DEEPEST:
             raise Refused(f"refused, since it nests more than {MOST_ITEMS:,} items, or deeper than {DEEPEST}")
         if isinstance(value, Tensor):
-            if value.layout is not torch.strided or value.is_quantized:
-                raise Refused("its weights are sparse or quantized")
+            if value.layout is not torch.strided or value.is_quantized or value.is_conj() or value.is_neg():
+                raise Refused("its weights are sparse, quantized or conjugated")
             bytes_ = value.numel() * value.element_size()
             spread += bytes_
             if value.device.type != "cpu" or bytes_ > value.untyped_storage().nbytes() or spread > MOST_VIEWS * size:
                 raise Refused("refused, since its tensors are larger than what the file holds of them")
         elif isinstance(value, dict):
+            if not all(type(key) in (str, int) for key in value):
+                raise Refused("refused, since it has keys that are no names and no numbers")
             waiting += [(part, depth + 1) for part in value.values()]
         elif isinstance(value, argparse.Namespace):
             waiting += [(part, depth + 1) for part in vars(value).values()]

@@ -37,6 +37,7 @@ class Log:
         curve_steps: points of an epoch on the axis of TensorBoard's curves; None counts optimizer steps.
         curves: folder for TensorBoard's curves, where it is not one in `folder`.
         held: a lock on the folder, to give back in the end.
+        past: the lines of log.txt before this start; None takes the file's own.
 
     Raises:
         OSError: the files cannot be begun.
@@ -45,7 +46,7 @@ class Log:
 
     def __init__(self, folder: Path | None, speaks: bool, start_epoch: int, updates: int, epochs: int,
                  curve_steps: int | None = None, curves: str | None = None, start_update: int = 0,
-                 held: IO[bytes] | None = None):  # fmt: skip
+                 held: IO[bytes] | None = None, past: list[dict[str, Any]] | None = None):  # fmt: skip
         self.held = held
         self.curve_steps = curve_steps or updates
         self.folder, self.speaks, self.updates, self.epochs = folder, speaks, updates, epochs
@@ -53,8 +54,13 @@ class Log:
         self.bar: tqdm | None = None
         self.curves: SummaryWriter | None = None
         self.began = time.time()
+        self.entries: list[dict[str, Any]] = []
         if speaks and folder is not None:
-            _drop_from(folder, start_epoch)
+            before = entries(folder) if past is None else past
+            self.entries = [entry for entry in before if entry["epoch"] < start_epoch]
+            if self.entries or (folder / LOG).exists():
+                with replacing(folder / LOG) as file:
+                    file.write("".join(json.dumps(entry) + "\n" for entry in self.entries).encode())
             purge = self.step(start_epoch, start_update) + 1  # what was done ends at the step itself
             threading.excepthook = _quiet_writer
             self.curves = SummaryWriter(curves or str(folder / CURVES), purge_step=purge)
@@ -120,9 +126,14 @@ class Log:
 
     def record(self, entry: dict[str, Any]) -> None:
         """Adds a line to log.txt."""
+        self.entries.append(entry)
         if self.speaks and self.folder is not None:
             with self.writing(LOG), open(self.folder / LOG, "a") as file:
                 file.write(json.dumps(entry) + "\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Sees to it that the points so far outlive this process."""
         if self.curves is not None:
             with self.writing(CURVES):
                 self.curves.flush()
@@ -144,7 +155,7 @@ class Log:
         text = io.StringIO()
         table = csv.writer(text)
         table.writerow(names)
-        table.writerows([entry[name] for name in names.values()] for entry in entries(self.folder))
+        table.writerows([entry[name] for name in names.values()] for entry in self.entries)
         with self.writing(SUMMARY), replacing(self.folder / SUMMARY) as file:
             file.write(text.getvalue().encode())
 
@@ -171,14 +182,6 @@ def entries(folder: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return [entry for entry in found if isinstance(entry, dict) and "epoch" in entry]
-
-
-def _drop_from(folder: Path, epoch: int) -> None:
-    """Takes the lines of `epoch` and later, and a torn last line, out of log.txt."""
-    if (folder / LOG).exists():
-        kept = [json.dumps(entry) + "\n" for entry in entries(folder) if entry["epoch"] < epoch]
-        with replacing(folder / LOG) as file:
-            file.write("".join(kept).encode())
 
 
 def duration(seconds: float) -> str:

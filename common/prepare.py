@@ -41,7 +41,7 @@ from common.writer import Writer
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS, RUNNING = "args.json", ".running"
-WAIT = 60.0  # seconds for a run in the same folder to end, as one that was killed on another machine does
+WAIT = 120.0  # seconds for a run in the same folder to end: a file server keeps the locks of a machine that died for 90
 
 
 @dataclass
@@ -84,7 +84,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace, process: Process) -> Job:
     train_loader, batches = training_loader(args, train_data, process) if training else (None, 1)
     updates = math.ceil(batches / args.accum_iter)
     trainer = create_trainer(recipe, args, process, classes, batches, source)
-    start = restore(recipe, args, source, trainer) if source is not None else Start(args.start_epoch)
+    start = restore(recipe, args, source, trainer, updates) if source is not None else Start(args.start_epoch)
     folder = Path(args.output_dir) if training and args.output_dir else None
     log = open_folder(recipe, args, process, folder, source, newest, start, updates)
     for line in (*describe(recipe, args, process, trainer, classes, updates), *start.notes):
@@ -299,15 +299,14 @@ def open_folder(
                 raise ValueError(f"--output-dir {folder}: another run has gone on in it meanwhile; the same command "
                                  "again goes on from there")  # fmt: skip
             remove_parts(folder)
-            if source is not None:
-                put_in_order(source)
+            put_in_order(folder, source)
             with replacing(folder / SETTINGS) as file:
                 file.write(json.dumps(settings(args, process), indent=2).encode())
         update = start.position.update if start.position is not None else 0
         return Log(folder, process.is_main, start.epoch, updates, args.epochs, recipe.curve_steps, args.log_dir, update,
-                   held)  # fmt: skip
+                   held, start.log)  # fmt: skip
     except TimeoutError as error:
-        raise ValueError(f"--output-dir {folder}: another run is at work in it") from error
+        raise ValueError(f"--output-dir {folder}: another run is at work in it, which holds {RUNNING}") from error
     except OSError as error:
         raise ValueError(f"--output-dir {folder}: not writable ({error.strerror or error})") from error
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common import checkpoint, dist
 from common.args import MAY_CHANGE, STREAMS
@@ -31,7 +33,8 @@ class Source:
 
     path: Path
     content: dict[str, Any]
-    continues: bool = False  # whether an earlier start of this command left it in the output folder
+    continues: bool = False  # whether it is the output folder's newest
+    named: bool = False  # whether `--resume` names it, so that settings may differ
     damaged: list[Path] = field(default_factory=list)  # newer ones that were passed over
     notes: list[str] = field(default_factory=list)  # what there is to say of them
 
@@ -48,15 +51,17 @@ def resume_from(args: argparse.Namespace, process: Process) -> Source | None:
     there = bool(args.output_dir) and any(checkpoint.generations(folder))
     if args.resume:
         named = Path(fetch(args.resume))
-        if args.eval or not there or (folder / checkpoint.LAST).resolve() == named.resolve():
-            return Source(named, load(named))
+        if args.eval or not there:
+            return Source(named, load(named), named=True)
         ours = newest(folder, process)
+        if (folder / checkpoint.LAST).resolve() == named.resolve():
+            return replace(ours, named=True)
         before = ours.content.get("args")
         if isinstance(before, dict) and before.get("resume") == args.resume:
             return ours
         if folder.resolve() != named.parent.resolve():
             raise ValueError(f"{args.output_dir} holds another run than {args.resume}: choose another --output-dir")
-        return Source(named, load(named))
+        return Source(named, load(named), named=True)
     if there and args.auto_resume:
         return newest(folder, process)
     if args.eval and not args.throughput and not args.finetune:
@@ -70,7 +75,9 @@ def newest(folder: Path, process: Process) -> Source:
     Raises:
         ValueError: none is.
     """
-    content, damaged, reasons, path = None, [], [], None
+    content, path = None, None
+    damaged: list[Path] = []
+    reasons: list[str] = []
     if process.is_main:
         for path in checkpoint.generations(folder):
             try:
@@ -86,7 +93,7 @@ def newest(folder: Path, process: Process) -> Source:
         raise ValueError(f"none of the checkpoints in {folder} can be read ({'; '.join(reasons)}): choose another "
                          "--output-dir, or empty this one to begin anew")  # fmt: skip
     notes = [f"{reason}; the one before takes its place" for reason in reasons]
-    return Source(path, content if content is not None else load(path), True, damaged, notes)
+    return Source(path, content if content is not None else load(path), continues=True, damaged=damaged, notes=notes)
 
 
 def newest_of(folder: Path) -> tuple[int, int] | None:
@@ -98,12 +105,18 @@ def newest_of(folder: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def put_in_order(source: Source) -> None:
-    """Gives the checkpoint that a run goes on from the name of the newest, and damaged ones a name that says so."""
-    last = source.path.with_name(checkpoint.LAST)
+def put_in_order(folder: Path, source: Source | None) -> None:
+    """Gives the checkpoint that a run goes on from the name of the newest, and others names that say what they are:
+    damaged ones, and those of an earlier run in this folder that this one does not continue."""
+    if source is None or not source.continues:
+        for path in list(checkpoint.generations(folder)):
+            if source is None or not path.samefile(source.path):
+                os.replace(path, path.with_name(f"earlier_{path.name}"))
+        return
     for path in source.damaged:
         os.replace(path, path.with_name(f"damaged_{path.name}"))
-    if source.continues and source.path != last:
+    last = source.path.with_name(checkpoint.LAST)
+    if source.path != last:
         keep_as(source.path, last)
 
 
@@ -132,7 +145,8 @@ class Start:
     best: dict[str, float] = field(default_factory=dict)  # "acc1" and its "epoch"; empty before the first
     position: Position | None = None  # in that epoch
     own: dict[str, Any] | None = None  # state of this process alone: generators, batch statistics
-    continues: bool = False  # an earlier start of this command
+    continues: bool = False  # an earlier start in the output folder
+    log: list[dict[str, Any]] | None = None  # lines of log.txt so far; None takes the file's own
     notes: list[str] = field(default_factory=list)  # what there is to say of it
 
 
@@ -151,8 +165,11 @@ def set_own_state(trainer: Trainer, state: dict[str, Any]) -> None:
     dist.set_random_state(state["random"])
 
 
-def restore(recipe: Recipe, args: argparse.Namespace, source: Source, trainer: Trainer) -> Start:
+def restore(recipe: Recipe, args: argparse.Namespace, source: Source, trainer: Trainer, updates: int) -> Start:
     """Puts a checkpoint's state into the trainer.
+
+    Args:
+        updates: optimizer steps of an epoch of this run.
 
     Raises:
         ValueError: the checkpoint does not fit, or the output folder holds a run with other settings.
@@ -160,8 +177,14 @@ def restore(recipe: Recipe, args: argparse.Namespace, source: Source, trainer: T
     content, path = source.content, source.path
     ours = {"best", "processes", "position"} <= content.keys() and isinstance(content.get("args"), dict)
     notes = list(source.notes)
-    if ours and not args.eval and source.continues:
-        check_settings(args, content, path, trainer.process.world_size)
+    changed: list[str] = []
+    if ours and not args.eval:
+        changed = changed_settings(args, source, trainer.process.world_size, updates)
+        if changed and source.continues and not source.named:
+            raise ValueError(
+                f"{args.output_dir} holds a run with other settings ({', '.join(changed[:4])}): choose another "
+                f"--output-dir, or continue that run under these settings with --resume {path}"
+            )
         if content["processes"] != trainer.process.world_size:
             notes.append(f"begun on {content['processes']} and continued on {trainer.process.world_size} processes, "
                          "the run does not end with the same bits")  # fmt: skip
@@ -183,20 +206,59 @@ def restore(recipe: Recipe, args: argparse.Namespace, source: Source, trainer: T
                                    "with a fresh optimizer", *notes])  # fmt: skip
     restore_optimizer(args, content, path, trainer)
     with of_ours(path):
-        start = Start(int(content["epoch"]) + 1, {name: float(content["best"][name]) for name in content["best"]},
-                      continues=source.continues)  # fmt: skip
+        best = {name: finite(value) for name, value in content["best"].items()}
+        start = Start(whole(content["epoch"], -1) + 1, best, continues=source.continues)
+        if source.continues:
+            start.log = [dict(entry) for entry in content["log"]]
+            assert all(whole(entry["epoch"], 0) >= 0 for entry in start.log)
         where = f"epoch {start.epoch + 1}"
-        if content["position"] is not None:
-            start.position = Position(**content["position"])
+        if content["position"] is not None and changed:
+            notes.append(f"{path} is of the middle of an epoch under other settings ({', '.join(changed[:4])}), which "
+                         "begins anew")  # fmt: skip
+        elif content["position"] is not None:
+            start.position = restore_position(content, trainer, updates)
             where += f", after step {start.position.update},"
             if content["processes"] == trainer.process.world_size:
                 start.own = content["own"][trainer.process.rank]
-                start.position.window = start.own["window"]
                 set_own_state(trainer, start.own)
-            elif trainer.process.is_main:  # so that the means of the epoch are of all its images
-                start.position.window = [sum(values) for values in zip(*(own["window"] for own in content["own"]))]
     start.notes = [*notes, f"continuing at {where} from {path}"]
     return start
+
+
+def restore_position(content: dict[str, Any], trainer: Trainer, updates: int) -> Position:
+    """Where in the epoch a checkpoint stands, with this process's sums since the last report.
+
+    Raises:
+        LookupError, TypeError, ValueError: it is none that a run could have.
+    """
+    position = Position(**content["position"])
+    whole(position.update, 1, updates - 1)
+    finite(position.rates)
+    windows = [own["window"] for own in content["own"]]
+    for sums in (position.total, *windows):
+        if len(sums) != len(position.total) or [finite(value) for value in sums] != sums:
+            raise ValueError("its sums of losses do not fit")
+    if len(position.total) != (2 if trainer.augsub.kind == "none" else 3):
+        raise ValueError("its sums of losses do not fit")
+    if content["processes"] == trainer.process.world_size:
+        position.window = windows[trainer.process.rank]
+    elif trainer.process.is_main:  # so that the means of the epoch are of all its images
+        position.window = [sum(values) for values in zip(*windows)]
+    return position
+
+
+def whole(value: Any, least: int, most: float = math.inf) -> int:
+    """A whole number within limits; raises ValueError where it is none."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{value!r:.40} where a whole number from {least} on is expected")
+    return value
+
+
+def finite(value: Any) -> float:
+    """A finite number; raises ValueError where it is none."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.40} where a number is expected")
+    return float(value)
 
 
 @contextmanager
@@ -204,7 +266,8 @@ def of_ours(path: Path) -> Iterator[None]:
     """Makes the failure to use what a checkpoint of ours should hold a ValueError of one sentence."""
     try:
         yield
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:  # fmt: skip
         raise ValueError(f"{path}: the file is damaged, or no checkpoint of this trainer ({error})") from error
 
 
@@ -218,6 +281,11 @@ def restore_optimizer(args: argparse.Namespace, content: dict[str, Any], path: P
                 for group in trainer.optimizer.param_groups]  # fmt: skip
     try:
         trainer.optimizer.load_state_dict(content["optimizer"])
+        for parameter, state in trainer.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    check_moment(name, value, parameter)
+                    state[name] = value.clone()  # two of them could lie in the same memory
         if content["scaler"]:  # empty where the run so far was not in float16
             trainer.scaler.load_state_dict(content["scaler"])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -226,15 +294,24 @@ def restore_optimizer(args: argparse.Namespace, content: dict[str, Any], path: P
         group.update(given)  # a state dict brings the settings of its run too
 
 
-def check_settings(args: argparse.Namespace, content: dict[str, Any], source: Path, processes: int) -> None:
-    """Compares the settings with those of the run in the output folder. The number of processes may differ where the
-    batch of all of them together does not.
+def check_moment(name: str, value: Tensor, parameter: Tensor) -> None:
+    """Raises ValueError where a tensor that an optimizer remembers does not fit its parameter, or is not finite."""
+    if value.ndim == parameter.ndim and value.ndim and value.shape != parameter.shape:
+        raise ValueError(f"{name} {tuple(value.shape)} for a parameter {tuple(parameter.shape)}")
+    if value.is_floating_point() and not value.isfinite().all():
+        raise ValueError(f"{name} is not finite")
+
+
+def changed_settings(args: argparse.Namespace, source: Source, processes: int, updates: int) -> list[str]:
+    """What makes another run of this one than of the checkpoint's, in words. The number of processes may differ where
+    the batch of all of them together does not.
 
     Raises:
-        ValueError: they would make another run of it.
+        ValueError: the checkpoint is damaged.
     """
+    content = source.content
     before = content["args"]
-    with of_ours(source):
+    with of_ours(source.path):
         batches = [
             a["batch_size"] * a["accum_iter"] * n for a, n in ((before, content["processes"]), (vars(args), processes))
         ]
@@ -248,11 +325,9 @@ def check_settings(args: argparse.Namespace, content: dict[str, Any], source: Pa
         ]
     if not changed and batches[0] != batches[1]:
         changed = [f"images per step {batches[0]} → {batches[1]}, of {content['processes']} and {processes} processes"]
-    if changed:
-        raise ValueError(
-            f"{args.output_dir} holds a run with other settings ({', '.join(changed[:4])}): choose another "
-            f"--output-dir, or continue that run under these settings with --resume {source}"
-        )
+    if not changed and content.get("updates") != updates:
+        changed = [f"steps of an epoch {content.get('updates')} → {updates}, as of other data"]
+    return changed
 
 
 def plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 # SIGUSR2 is what submitit has Slurm send ahead of a time limit or a preemption
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-APART = 1.0  # seconds from which two SIGINTs are two: torchrun passes on the one that its terminal sent to all
+APART = 1.0  # seconds from which two signals are two: torchrun passes on the one that its terminal sent to all
 
 
 class Request:
@@ -29,7 +29,7 @@ class Request:
         return self.by is not None
 
     def receive(self, number: int, frame: Any) -> None:
-        """The handler. A second Ctrl-C raises KeyboardInterrupt where the process stands."""
+        """The handler. A second Ctrl-C or SIGTERM raises KeyboardInterrupt where the process stands."""
         if not self.gently and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.gently and number == signal.SIGTERM:
@@ -38,7 +38,7 @@ class Request:
             self.by, self.at = signal.Signals(number).name, time.monotonic()
             if number == signal.SIGINT and self.speaks:
                 os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")
-        elif number == signal.SIGINT and time.monotonic() - self.at > APART:
+        elif number != signal.SIGUSR2 and time.monotonic() - self.at > APART:
             raise KeyboardInterrupt
 
 

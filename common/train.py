@@ -7,8 +7,8 @@ import dataclasses
 import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ from common.engine import Interrupted, Position, Trainer, Watch, autocast, evalu
 from common.errors import Leaving, StopTraining
 from common.files import keep_as
 from common.loader import NONE, batches_of, end_processes, failure_of
-from common.log import CURVES, duration, entries
+from common.log import CURVES, duration
 from common.prepare import SETTINGS, Job, prepare
 from common.recipe import Recipe
 from common.resume import own_state, plain, set_own_state
@@ -43,7 +43,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> str | None:
             process = stack.enter_context(dist.started(args.device))
             job = prepare(recipe, args, process)
             job.request = request
-            with closing(job.log):
+            with at_work(job):
                 task_of(args)(job)
             stopped, job = job.stopped, None
             gc.collect()  # DDP goes before its process group does
@@ -53,12 +53,8 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> str | None:
                 raise
             leave(str(error), 2)
         except StopTraining as stop:
-            if job is not None:
-                job.writer.settle()
             leave(f"training stopped: {stop}", 2)
         except KeyboardInterrupt:
-            if job is not None:
-                job.writer.settle(seconds=1.0)
             saved = job is not None and job.folder is not None and (job.folder / checkpoint.LAST).exists()
             leave("interrupted" + ("; the same command continues from the last checkpoint" if saved else ""), 130)
         except BrokenPipeError:
@@ -72,6 +68,21 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> str | None:
             if not dist.is_first_to_leave():  # what fails here fails for want of another, whose traceback tells more
                 raise Leaving("", 2) from None
             raise
+
+
+@contextmanager
+def at_work(job: Job) -> Iterator[None]:
+    """Lets what is on its way to the disk get there, for a while, before the folder is given back."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        job.writer.settle(seconds=1.0)
+        raise
+    except BaseException:
+        job.writer.settle()
+        raise
+    finally:
+        job.log.close()
 
 
 def task_of(args: argparse.Namespace) -> Callable[[Job], None]:
@@ -101,7 +112,8 @@ def train(job: Job) -> None:
     began = time.time()
     whole = job.start.continues and job.start.position is None  # its checkpoint is that of a whole epoch
     if whole and job.process.is_main and job.folder is not None:  # an earlier start may have been cut off before
-        keep(job.folder, job.start.epoch - 1, job.best, args.checkpoint_hist)
+        accuracy = {entry["epoch"]: entry["test_acc1"] for entry in log.entries}
+        keep(job.folder, job.start.epoch - 1, job.best, args.checkpoint_hist, accuracy)
     if job.start.epoch >= args.epochs:
         log.line(f"all {args.epochs} epochs are trained already")
     job.request.gently = True
@@ -213,12 +225,16 @@ def save(job: Job, epoch: int, position: Position | None = None, own: list[dict[
     background, under all its names."""
     assert job.folder is not None
     trainer, folder, best = job.trainer, job.folder, dict(job.best)
+    accuracy = {entry["epoch"]: entry["test_acc1"] for entry in job.log.entries}
     job.writer.wait()  # at most one copy at a time
+    job.log.flush()
     state = snapshot(state_of(trainer) | {
         "epoch": epoch,
         "best": best,
         "args": plain(vars(job.args)),
         "processes": job.process.world_size,
+        "updates": job.log.updates,
+        "log": list(job.log.entries),
         "position": dataclasses.asdict(dataclasses.replace(position, window=[])) if position is not None else None,
         "own": own,
     })  # fmt: skip
@@ -231,12 +247,12 @@ def save(job: Job, epoch: int, position: Position | None = None, own: list[dict[
             left = "the one before is still there" if path.exists() else "none was written before"
             raise StopTraining(f"{path} could not be written ({error}); {left}") from error
         if position is None:
-            keep(folder, epoch, best, job.args.checkpoint_hist)
+            keep(folder, epoch, best, job.args.checkpoint_hist, accuracy)
 
     job.writer.start(write)
 
 
-def keep(folder: Path, epoch: int, best: dict[str, float], history: int) -> None:
+def keep(folder: Path, epoch: int, best: dict[str, float], history: int, accuracy: dict[int, float]) -> None:
     """Keeps the checkpoint of an epoch as the best, if it is, and while it is among the `history` ones of highest
     accuracy also under its number."""
     last = folder / checkpoint.LAST
@@ -245,7 +261,6 @@ def keep(folder: Path, epoch: int, best: dict[str, float], history: int) -> None
             keep_as(last, folder / checkpoint.BEST)
         if history:
             keep_as(last, folder / f"checkpoint-{epoch}.pth")
-            accuracy = {entry["epoch"]: entry["test_acc1"] for entry in entries(folder)}
             numbered = [path for path in folder.glob("checkpoint-*.pth") if path.stem[11:].isdigit()]
             kept = sorted(numbered, key=lambda path: accuracy.get(int(path.stem[11:]), -1.0))
             for path in kept[:-history]:

@@ -17,10 +17,12 @@ import torch
 from common import checkpoint, files, prepare, train, writer
 from common.args import parse
 from common.engine import Trainer
+from common.errors import StopTraining
+from common.log import Log
 from deit.recipe import RECIPE
 from scripts.soak import compare
 from tests.conftest import ROOT, command, environment, run
-from tests.runs import ALONE, FLAGS, assert_same_bits, final, interrupt_epoch, refused, start, stop_after
+from tests.runs import ALONE, FLAGS, assert_same_bits, final, interrupt_epoch, log_of, refused, start, stop_after
 
 LAST, BEFORE = "checkpoint.pth", "previous_checkpoint_1.pth"
 
@@ -74,6 +76,77 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, cut_off,
     assert f"continuing at epoch 1, after step 2, from {out / BEFORE}" in said
     assert (out / f"damaged_{LAST}").exists()
     assert compare(finished[1], out) == []
+
+
+def test_a_damaged_checkpoint_that_is_named_is_passed_over_too(cut_off, finished, capsys):
+    """As upstream's users go on: --resume with the output folder's own checkpoint."""
+    flags, out = cut_off
+    flipped(out / LAST)
+    start(*flags, "--resume", str(out / LAST))
+    assert "the one before takes its place" in capsys.readouterr().out
+    assert [entry["epoch"] for entry in log_of(out)] == [0, 1] and log_of(out) == log_of(finished[1])
+
+
+@pytest.mark.parametrize("more", [["--batch-size", "16"], ["--seed", "3"], ["--augsub", "none"]])
+def test_under_other_settings_an_epoch_begins_anew(more, cut_off, tmp_path, capsys):
+    """Since the same step of it is of other images; in another folder, which is how it is asked for."""
+    flags, out = cut_off
+    start(*flags, *more, "--resume", str(out / LAST), "--output-dir", str(tmp_path / "new"))
+    said = capsys.readouterr().out
+    assert f"{out / LAST} is of the middle of an epoch under other settings (" in said and "begins anew" in said
+    assert f"continuing at epoch 1 from {out / LAST}" in said
+    assert [entry["epoch"] for entry in log_of(tmp_path / "new")] == [0, 1]
+
+
+def test_other_data_in_the_same_folder_are_another_run(cut_off, jpegs, capsys):
+    flags, _ = cut_off
+    other = str(jpegs(train=30, classes=("cat", "dog", "owl"), name="other"))
+    error = refused(capsys, *flags, "--data-path", other)
+    assert "holds a run with other settings (steps of an epoch 6 → 11, as of other data)" in error
+
+
+def test_a_torn_line_of_an_epoch_that_is_done_comes_back(continued, finished):
+    """As a loss of power leaves it, which may keep the checkpoint and lose the line before it."""
+    flags, out = continued
+    (out / "log.txt").write_bytes((out / "log.txt").read_bytes()[:-20])
+    start(*flags)
+    assert (out / "log.txt").read_bytes() == (finished[1] / "log.txt").read_bytes()
+
+
+def test_a_folder_is_given_back_when_the_last_write_is_done(finished, tmp_path, capsys, monkeypatch):
+    """Also where training stops for another reason meanwhile."""
+    order: list[str] = []
+    make_way, close, update = checkpoint.make_way, Log.close, Trainer.update
+
+    def slow(*args):
+        time.sleep(1)
+        make_way(*args)
+        order.append("written")
+
+    def stopping(trainer):
+        update(trainer)
+        steps.append(None)
+        if len(steps) == 3:
+            raise StopTraining("for a test")
+
+    steps: list = []
+    monkeypatch.setattr(checkpoint, "make_way", slow)
+    monkeypatch.setattr(Log, "close", lambda log: (order.append("given back"), close(log))[1])
+    monkeypatch.setattr(Trainer, "update", stopping)
+    refused(capsys, *finished[0], "--save-every", "2", "--output-dir", str(tmp_path / "out"))
+    assert order == ["written", "given back"]
+
+
+def test_a_run_that_begins_anew_puts_the_earlier_ones_checkpoints_aside(finished, tmp_path):
+    """--no-auto-resume, as Swin's flag has it, or the weights of a file of the same folder."""
+    flags = [*finished[0], "--output-dir", str(tmp_path)]
+    start(*flags)
+    args = parse(RECIPE, [*FLAGS, *flags])
+    args.auto_resume = False
+    train.train(train.prepare(RECIPE, args, ALONE))
+    earlier = {path.name for path in tmp_path.glob("earlier_*")}
+    assert earlier == {f"earlier_{name}" for name in (LAST, BEFORE, "best_checkpoint.pth")}
+    assert_same_bits(tmp_path, finished[1])
 
 
 def test_every_bit_of_a_checkpoint_that_matters_is_in_its_digest(cut_off):
@@ -286,7 +359,8 @@ def test_sums_of_more_processes_than_there_are_now_are_not_lost(jpegs, tmp_path)
     content = final(tmp_path)
     window = content["own"][0]["window"]
     assert window[0] == 8
-    checkpoint.save(tmp_path / LAST, content | {"processes": 2, "own": 2 * content["own"]})
+    content["position"]["update"] = 1  # of two of twice the images
+    checkpoint.save(tmp_path / LAST, content | {"processes": 2, "updates": 2, "own": 2 * content["own"]})
     job = train.prepare(RECIPE, parse(RECIPE, [*FLAGS, *flags, "--batch-size", "16"]), ALONE)
     assert job.start.position is not None and job.start.position.window == [2 * value for value in window]
 

@@ -19,6 +19,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from common import dist
 from tests.conftest import ROOT, environment
 from tests.runs import FLAGS, final, refused
 
@@ -149,6 +150,19 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a list that holds itself": ("nests", endless),
     "ten thousand lists in each other": ("", lambda path: pickled(
         path, b"\x80\x02}X\x01\x00\x00\x00a" + b"]" * 10_000 + b"a" * 9_999 + b"s.")),
+    "an array of three gigabytes": ("arrays of bytes", lambda path: pickled(
+        path, b"\x80\x02}X\x01\x00\x00\x00ac__builtin__\nbytearray\n" + b"\x8a\x05\x00\x00\x00\xc0\x00" + b"\x85Rs.")),
+    "two million tuples in each other": ("nests more than", lambda path: pickled(
+        path, b"\x80\x02}K\x01" + b"\x85" * 2_000_000 + b"K\x01s.")),
+    "a key of many tuples": ("nests more than", lambda path: pickled(
+        path, b"\x80\x02}K\x01" + b"".join(b"q%c0h%ch%c\x86" % (i, i, i) for i in range(60)) + b"K\x01s.")),
+    "a key of three thousand tuples": ("nests more than", lambda path: pickled(
+        path, b"\x80\x02}K\x01" + b"\x85" * 3_000 + b"K\x01s.")),
+    "a key that is a tuple": ("keys that are no names", lambda path: torch.save(good() | {"x": {(1, 2): 3}}, path)),
+    "conjugated weights": ("conjugated", lambda path: torch.save(
+        {"model": {"w": torch.zeros(3, dtype=torch.complex64).conj()}}, path)),
+    "a digest that cannot be": ("", lambda path: torch.save(
+        good() | {"digest": "0", "x": torch.zeros(3).expand(3, 3)}, path)),
     "sparse weights": ("sparse", lambda path: torch.save({"model": {"w": torch.zeros(9).to_sparse()}}, path)),
     "names like paths": ("another architecture", lambda path: torch.save(
         {"model": {"../../../../etc/passwd": torch.zeros(3), "/root/.bashrc": torch.zeros(3)}}, path)),
@@ -249,6 +263,11 @@ print(peak() - start)
     {"position": {"update": 1, "rates": 0.0, "total": [], "window": []}, "own": [{"window": [], "random": {}, "buffers": {}}]},
     {"position": {"update": 1, "rates": 0.0, "total": [], "window": []},
      "own": [{"window": [], "random": {}, "buffers": {"nowhere": torch.zeros(3)}}]},
+    {"epoch": -100}, {"epoch": float("inf")}, {"epoch": True}, {"best": {"acc1": float("nan"), "epoch": 0}}, {"log": [{"epoch": "x"}]},
+    *({"position": {"update": update, "rates": 0.0, "total": [8.0, 1.0, 1.0], "window": []},
+       "own": [{"window": [8.0, 1.0, 1.0], "random": {}, "buffers": {}}]} for update in (-5, 10**6, 2.5, "a", 6)),
+    {"position": {"update": 2, "rates": "x", "total": [8.0, 1.0, 1.0], "window": []}, "own": [{"window": [8.0, 1.0, 1.0]}]},
+    {"position": {"update": 2, "rates": 0.0, "total": [], "window": []}, "own": [{"window": []}]},
     {"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": []}}, {"optimizer": None},
 ], ids=str)  # fmt: skip
 def test_what_looks_like_ours_but_is_not_is_refused(change, continued, capsys):
@@ -262,6 +281,30 @@ def test_what_looks_like_ours_but_is_not_is_refused(change, continued, capsys):
     error = refused(capsys, *flags)
     assert str(out / "checkpoint.pth") in error
     assert seen(out) == before
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("exp_avg", torch.full((64,), float("nan")), "is not finite"),
+    ("exp_avg", torch.zeros(7), "exp_avg (7,) for a parameter"),
+])  # fmt: skip
+def test_what_an_optimizer_remembers_is_looked_at(name, value, words, continued, capsys):
+    flags, out = continued
+    content = final(out)
+    group = content["optimizer"]["param_groups"][0]["params"]
+    place = next(number for number in group if content["optimizer"]["state"][number]["exp_avg"].ndim == 1)
+    content["optimizer"]["state"][place][name] = value
+    for old in out.glob("*checkpoint*"):
+        old.unlink()
+    torch.save(content, out / "checkpoint.pth")
+    assert words in refused(capsys, *flags)
+
+
+def test_a_generator_is_not_set_beyond_its_end():
+    state = dist.random_state()
+    kind, keys, _, *rest = state["numpy"]
+    for place in (10**9, -1, 625):
+        with pytest.raises(ValueError, match="out of range"):
+            dist.set_random_state(state | {"numpy": (kind, keys, place, *rest)})
 
 
 def test_the_flags_of_these_tests_are_good(continued, capsys):
