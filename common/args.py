@@ -349,6 +349,8 @@ def create_parser(recipe: Recipe) -> Parser:
     add("--crop-mode", choices=("center", "squash", "border"), default="center", help="evaluation: crop the centre, "
         "squash to a square, or pad")  # fmt: skip
     add("--eval-crop-ratio", "--crop-pct", type=float, default=0.875, help="share of the resized image that is kept")
+    add("--input", choices=("pil", "fast"), default="pil", help="pil augments training images one by one on the host; "
+        "fast decodes and crops them there with SIMD, and does the rest on the device, in batches")  # fmt: skip
     add("--num-workers", "--workers", type=int, default=min(10, os.cpu_count() or 1),
         help="data-loading processes of each process; 10, or as many as there are cores")  # fmt: skip
     add("--data-timeout", type=int, default=600, help="seconds without a batch after which a data-loading process "

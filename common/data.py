@@ -21,6 +21,8 @@ from torchvision import datasets
 
 from common.args import DIGITS
 
+PIXEL = b"P6 1 1 255 \0\0\0"  # the least that PIL takes for an image
+
 
 class Digits(Dataset):
     """scikit-learn's 1,797 handwritten digits, of which a fifth (360, all classes alike) is for evaluation.
@@ -51,7 +53,30 @@ class Digits(Dataset):
         return self.images[index], self.targets[index]
 
 
-class INaturalist(datasets.VisionDataset):
+class Files:
+    """A data set that keeps each image in a file: `samples` holds paths and labels."""
+
+    samples: list[tuple[str, int]]
+
+    def bytes_of(self, index: int) -> tuple[bytearray, int]:
+        """An image's file as it is stored, and its label.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        path, label = self.samples[index]
+        with open(path, "rb", buffering=0) as file:
+            content = bytearray(os.fstat(file.fileno()).st_size)
+            if file.readinto(content) != len(content):
+                raise OSError(f"{path} became shorter while it was read")
+        return content, label
+
+
+class Folder(Files, datasets.ImageFolder):
+    """torchvision's."""
+
+
+class INaturalist(Files, datasets.VisionDataset):
     """iNaturalist 2018 or 2019 at one level of the taxonomy, from the competition's JSON files.
 
     Args:
@@ -105,10 +130,15 @@ class ZipFolder(datasets.VisionDataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        content, label = self.bytes_of(index)
+        return Image.open(io.BytesIO(content)), label
+
+    def bytes_of(self, index: int) -> tuple[bytes, int]:
+        """An image's file as it is stored, and its label."""
         path, label = self.samples[index]
         if self.opened is None or self.opened[0] != os.getpid():  # a file position is not shared with other processes
             self.opened = os.getpid(), zipfile.ZipFile(self.archive)
-        return Image.open(io.BytesIO(self.opened[1].read(path))), label
+        return self.opened[1].read(path), label
 
 
 class Shards(Dataset):
@@ -138,6 +168,23 @@ class Shards(Dataset):
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.decoded(index, self.sample(index))
+
+    def bytes_of(self, index: int) -> tuple[bytes, int]:
+        """An image's file as it is stored, and its label.
+
+        Raises:
+            OSError: as an item.
+        """
+        sample = self.sample(index)
+        suffix = next((suffix for suffix in self.reader.input_key.split(";") if suffix in sample), None)
+        if suffix is None:
+            raise OSError(f"{self.filename(index)} has no {self.reader.input_key}")
+        content, sample[suffix] = sample[suffix], PIXEL  # timm's decoder gives the label with the image alone
+        return content, self.decoded(index, sample)[1]
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """The files of a sample, by suffix."""
         path, place = self.place_of(index)
         samples = samples_in(path)
         if place >= len(samples):
@@ -148,6 +195,10 @@ class Shards(Dataset):
             for suffix, (start, size) in parts.items():
                 file.seek(start)
                 sample[suffix] = file.read(size)
+        return sample
+
+    def decoded(self, index: int, sample: dict[str, Any]) -> tuple[Image.Image, int]:
+        """What timm makes of a sample."""
         reader = self.reader
         try:
             decoded = reader_wds._decode(
@@ -218,7 +269,7 @@ def open_data_set(args: argparse.Namespace, train: bool) -> Dataset:
             if not train and (Path(root) / "train").is_dir():  # labels are numbers: a class that is missing shifts them
                 check_same([p.name for p in (Path(root) / "train").iterdir() if p.is_dir()],
                            [p.name for p in place.iterdir() if p.is_dir()])  # fmt: skip
-            return datasets.ImageFolder(str(place))
+            return Folder(str(place))
         if name in ("CIFAR", "CIFAR10"):
             return (datasets.CIFAR10 if name == "CIFAR10" else datasets.CIFAR100)(root, train=train)
         if name in ("INAT", "INAT19"):

@@ -16,12 +16,14 @@ from timm.utils import ModelEmaV3, accuracy
 from torch import Tensor, nn
 
 from common.augsub import AugSub, Criterion
+from common.device_augment import DeviceAugment
 from common.dist import Process, all_min, all_sum, all_union, any_of
 from common.errors import StopTraining
 from common.loader import NONE, UNREADABLE_SHARE
 from common.recipe import SetLR
 
-Batch = tuple[Tensor, Tensor, list[str]]  # images (B, 3, H, W), labels (B,) or NONE, names of unreadable images
+# images (B, 3, H, W), labels (B,) or NONE, names of unreadable images
+Batch = tuple[Any, Tensor, list[str]]
 UNREADABLE_THEN = {"training": "another takes its place", "evaluation": "it is not counted"}
 NEVER = 2.0**52  # a step no run reaches, and exact in float64
 
@@ -57,6 +59,7 @@ class Trainer:
         accumulate: micro-batches per update. The last update of an epoch may have fewer.
         train_mode: whether drops and batch statistics act in the main pass.
         joint: whether both passes share one backward, which holds the graphs of both.
+        augment: what is done to the loader's images on the device, where they come as `Raw`.
     """
 
     process: Process
@@ -76,20 +79,23 @@ class Trainer:
     memory_format: torch.memory_format = torch.contiguous_format
     train_mode: bool = True
     joint: bool = False
+    augment: DeviceAugment | None = None
     parameters: list[nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
 
-    def batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch on the device, mixed; its labels are looked at while they are on the host."""
+    def batch(self, images: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch on the device, augmented and mixed; its labels are looked at while they are on the host."""
         check_labels(labels, self.classes)
         device = self.process.device
+        if self.augment is not None:
+            images = self.augment(images)
         images = images.to(device, non_blocking=True, memory_format=self.memory_format)
         labels = labels.to(device, non_blocking=True)
         return self.mixup(images, labels) if self.mixup else (images, labels)
 
-    def micro_step(self, images: Tensor, labels: Tensor, parts: int, last: bool) -> list[Tensor]:
+    def micro_step(self, images: Any, labels: Tensor, parts: int, last: bool) -> list[Tensor]:
         """Adds the gradients of one of `parts` micro-batches → the losses, unscaled: main and, with AugSub, sub."""
         x, y = self.batch(images, labels)
         losses: list[Tensor] = []
@@ -196,7 +202,7 @@ def train_one_epoch(
             unreadable.add(bad)
             if (labels.numpy() == NONE).any():
                 raise StopTraining(f"a hundred images drawn in place of {bad[-1]} could not be read either")
-            window.add(trainer.micro_step(images, labels, parts, last=part == parts), len(images), done)
+            window.add(trainer.micro_step(images, labels, parts, last=part == parts), len(labels), done)
         trainer.update()
         lr = max(group["lr"] for group in trainer.optimizer.param_groups)
         rates += lr

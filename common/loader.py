@@ -32,7 +32,9 @@ from torchvision.transforms import InterpolationMode
 from common import signals
 from common.args import mixup_active
 from common.data import Shards
+from common.device_augment import DeviceAugment, Raw
 from common.dist import Process
+from common.fast import FastTransform, decode, fill_of
 
 # what PIL and the readers raise on files that are no image, cut short, or too large to be one; RuntimeError is timm's
 # word for a sample that failed as often as it was tried
@@ -42,7 +44,7 @@ UNREADABLE_SHARE = 0.01
 REPEATS = 3
 TOGETHER = 65_536  # images of shards that are shuffled among each other
 NONE = -1  # label of an item without an image
-Item = tuple[Tensor, int, tuple[str, ...]]
+Item = tuple[Tensor | Raw, int, tuple[str, ...]]
 
 
 class Views(Dataset):
@@ -54,8 +56,9 @@ class Views(Dataset):
     each of `workers` loader processes is at.
     """
 
-    def __init__(self, data: Any, transform: Callable[[Image.Image], Tensor], replace: bool = True, workers: int = 0):
-        self.data, self.transform, self.replace = data, transform, replace
+    def __init__(self, data: Any, transform: Callable[[Any], Any], replace: bool = True, workers: int = 0):
+        self.data, self.replace = data, replace
+        self.transform: Callable[..., Any] = transform
         self.at = torch.full((max(workers, 1),), -1).share_memory_()
         if hasattr(data, "_max_retries"):  # timm replaces unreadable images too, without a count
             data._max_retries = 1
@@ -65,23 +68,32 @@ class Views(Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> Item:
         index, seed = place
-        others = random.Random(seed)
-        at = index
+        at, others = index, None
         worker = torch.utils.data.get_worker_info()
         slot = worker.id if worker is not None else 0
         self.at[slot] = index
         unreadable: tuple[str, ...] = ()
         for _ in range(100 if self.replace else 1):
             try:
-                image, label = self.data[at]
-                with drawn_from(seed):
-                    tensor = self.transform(image.convert("RGB"))
+                image, label = self.read(at)
+                tensor = self.view(image, seed)
                 self.at[slot] = -1
                 return tensor, int(label), unreadable
             except UNREADABLE:
+                others = others or random.Random(seed)
                 unreadable, at = (self.name_of(index),), others.randrange(len(self))
         self.at[slot] = -1
         return torch.zeros(3, 1, 1), NONE, unreadable
+
+    def read(self, index: int) -> tuple[Any, Any]:
+        """What the transform takes, and the label."""
+        image, label = self.data[index]
+        return image.convert("RGB"), label
+
+    def view(self, image: Any, seed: int) -> Any:
+        """The image as the seed has it transformed."""
+        with drawn_from(seed):
+            return self.transform(image)
 
     def busy_with(self) -> list[str]:
         """The images that loader processes are at."""
@@ -98,18 +110,40 @@ class Views(Dataset):
             return f"image {index}"
 
 
+class FastViews(Views):
+    """Views that torchvision decodes, where the data set has its images as bytes; items have a `Raw` for an image."""
+
+    def __init__(self, data: Any, transform: FastTransform, replace: bool = True, workers: int = 0):
+        super().__init__(data, transform, replace, workers)
+        self.numpy = np.random.RandomState()  # to copy the state of numpy's own takes longer than to draw a plan
+
+    def view(self, image: Any, seed: int) -> Raw:
+        self.numpy.seed(seed % 2**32)
+        with drawn_from(seed, numpy=False):
+            return self.transform(image, self.numpy)
+
+    def read(self, index: int) -> tuple[Any, Any]:
+        if not hasattr(self.data, "bytes_of"):
+            return super().read(index)
+        content, label = self.data.bytes_of(index)
+        return decode(content), label
+
+
 @contextmanager
-def drawn_from(seed: int) -> Iterator[None]:
-    """Within it python's, numpy's and torch's random numbers come from one seed; their states come back after."""
-    before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+def drawn_from(seed: int, numpy: bool = True) -> Iterator[None]:
+    """Within it python's, torch's and, if asked for, numpy's random numbers come from one seed; their states come back
+    after."""
+    before = random.getstate(), np.random.get_state() if numpy else None, torch.random.get_rng_state()
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    if numpy:
+        np.random.seed(seed % 2**32)
     torch.random.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(before[0])
-        np.random.set_state(before[1])
+        if before[1] is not None:
+            np.random.set_state(before[1])
         torch.random.set_rng_state(before[2])
 
 
@@ -180,7 +214,7 @@ class Stream(IterableDataset):
             world_size-th image.
     """
 
-    def __init__(self, data: Any, transform: Callable[[Image.Image], Tensor], seed: int, process: Process, train: bool):
+    def __init__(self, data: Any, transform: Callable[[Image.Image], Any], seed: int, process: Process, train: bool):
         self.data, self.transform, self.seed, self.process, self.train = data, transform, seed, process, train
         self.epoch = multiprocessing.Value("q", 0)  # loader processes that live on hear of it
         if not train:
@@ -206,13 +240,26 @@ class Stream(IterableDataset):
                 yield self.transform(image.convert("RGB")), int(label), ()
 
 
-def collate(batch: list[Item]) -> tuple[Tensor, Tensor, list[str]]:
+def collate(batch: list[Item]) -> tuple[Tensor | Raw, Tensor, list[str]]:
     """→ images (B, 3, H, W), labels (B,), of which `NONE` has a blank for an image, and names of unreadable ones."""
     there = [image for image, label, _ in batch if label != NONE]
-    blank = torch.zeros_like(there[0]) if there else torch.zeros(3, 1, 1)
-    images = torch.stack([image if label != NONE else blank for image, label, _ in batch])
+    blank = blank_like(there[0]) if there else torch.zeros(3, 1, 1)
+    images = stacked([image if label != NONE else blank for image, label, _ in batch])
     labels = torch.tensor([label for _, label, _ in batch])
     return images, labels, [name for _, _, names in batch for name in names]
+
+
+def blank_like(image: Tensor | Raw) -> Tensor | Raw:
+    """Zeros in an image's place."""
+    return torch.zeros_like(image) if isinstance(image, Tensor) else Raw(*map(torch.zeros_like, image))
+
+
+def stacked(images: list[Any]) -> Tensor | Raw:
+    """Images → a batch. Decoders have a pixel's channels together in memory, where a batch leaves them."""
+    if isinstance(images[0], Tensor):
+        return torch.stack(images)
+    pixels = torch.stack([raw.pixels.permute(1, 2, 0) for raw in images]).permute(0, 3, 1, 2)
+    return Raw(pixels, torch.stack([raw.plan for raw in images]))
 
 
 def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tuple[DataLoader, int]:
@@ -223,7 +270,8 @@ def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tu
     """
     if len(data) < process.world_size:
         raise ValueError(f"{process.world_size} processes for {len(data)} training images: start fewer processes")
-    transform = training_transform(args)
+    fast = args.input == "fast"
+    transform: Any = FastTransform(*training_stages(args)) if fast else training_transform(args)
     views: Any
     sampler: Any
     if isinstance(data, IterableDataset):
@@ -239,7 +287,7 @@ def training_loader(args: argparse.Namespace, data: Any, process: Process) -> tu
         if sharded:
             order = ShardOrder(data.ends, order, args.seed)
         sampler = SeededSampler(order, args.seed, process.rank)
-        views = Views(data, transform, workers=args.num_workers)
+        views = (FastViews if fast else Views)(data, transform, workers=args.num_workers)
         length = len(sampler)
     batches = length // args.batch_size
     if batches < 1:
@@ -321,8 +369,13 @@ def evaluation_loader(args: argparse.Namespace, data: Any, process: Process) -> 
 
 
 def training_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tensor]:
-    """timm's training transform. With `args.src` a resize and a crop after padding by 4 pixels stand in for the random
-    resized crop."""
+    """timm's training transform."""
+    return transforms.Compose(training_stages(args))
+
+
+def training_stages(args: argparse.Namespace) -> tuple[transforms.Compose, transforms.Compose, transforms.Compose]:
+    """timm's training transform in three: crop and flips; policy and colour jitter; normalisation and erasing. With
+    `args.src` a resize and a crop after padding by 4 pixels stand in for the random resized crop."""
     crop, change, finish = create_transform(
         args.input_size,
         is_training=True,
@@ -345,7 +398,17 @@ def training_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tens
                 transforms.RandomCrop(args.input_size, padding=4, padding_mode="reflect"),
             ]
         )
-    return transforms.Compose([crop, change, finish])
+    return crop, change, finish
+
+
+def create_augment(args: argparse.Namespace, device: torch.device) -> DeviceAugment | None:
+    """What is left to do on the device, or None where PIL does it all."""
+    if args.input == "pil":
+        return None
+    _, change, finish = training_stages(args)
+    normalize = next(part for part in finish.transforms if isinstance(part, transforms.Normalize))
+    mean, std = (torch.as_tensor(values).tolist() for values in (normalize.mean, normalize.std))
+    return DeviceAugment(device, mean, std, fill_of(change), args.remode)
 
 
 def evaluation_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tensor]:

@@ -31,7 +31,7 @@ from common.data import check_classes, open_data_set
 from common.dist import Process
 from common.engine import Trainer, Unreadable
 from common.files import lock, remove_parts, replacing
-from common.loader import create_mixup, evaluation_loader, training_loader
+from common.loader import create_augment, create_mixup, evaluation_loader, training_loader
 from common.log import Log
 from common.masking import PixelMask, TokenMask
 from common.recipe import Recipe, create_optimizer
@@ -168,6 +168,7 @@ def create_trainer(
         memory_format=memory_format,
         train_mode=args.train_mode,
         joint=args.augsub_joint,
+        augment=create_augment(args, process.device),
     )
 
 
