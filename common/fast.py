@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from common.device_augment import ERASE, NUMBERS, OPERATIONS, Raw
@@ -178,6 +178,9 @@ class FastTransform:
             how = self.crop.interpolation.value
             raise ValueError(f"--input fast has no --train-interpolation {how}: bicubic, bilinear, nearest or random "
                              "would do")  # fmt: skip
+        if isinstance(self.crop, transforms.Compose):  # v2's resizes in uint8
+            resize, shift = self.crop.transforms
+            self.crop = transforms.Compose([v2.Resize(resize.size, resize.interpolation), shift])
         self.steps: list[Step] = []
         for part in (*flips, *change.transforms, *finish.transforms):
             self.steps += steps_of(part)
