@@ -117,26 +117,27 @@ def train(job: Job) -> None:
     if job.start.epoch >= args.epochs:
         log.line(f"all {args.epochs} epochs are trained already")
     job.request.gently = True
+    upcoming = None
     for epoch in range(job.start.epoch, args.epochs):
         begin = job.start.position if epoch == job.start.epoch else None
         dist.seed_everything(args.seed, job.process.rank, epoch)
         if begin is not None and job.start.own is not None:
             set_own_state(job.trainer, job.start.own)
         log.epoch(epoch, begin.update if begin is not None else 0)
+        if upcoming is None:
+            done = begin.update * args.accum_iter if begin is not None else 0
+            upcoming = batches_of(job.train_loader, epoch, done)
         try:
             means = train_one_epoch(
-                job.trainer,
-                batches_of(job.train_loader, epoch, begin.update * args.accum_iter if begin is not None else 0),
-                job.batches,
-                epoch,
-                watching(job, epoch),
-                job.unreadable,
-                begin,
+                job.trainer, upcoming, job.batches, epoch, watching(job, epoch), job.unreadable, begin
             )
         except Interrupted as stop:
             pause(job, epoch, stop.position)
             return
         log.end_epoch()
+        upcoming = None  # ends with its epoch
+        if epoch + 1 < args.epochs:  # loader processes begin with it while this one is evaluated
+            upcoming = batches_of(job.train_loader, epoch + 1)
         if job.process.world_size > 1 and args.dist_bn:
             averaged = [job.trainer.ema.module] if job.trainer.ema is not None else []
             for model in [job.model, *averaged]:

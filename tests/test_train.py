@@ -322,3 +322,12 @@ def test_a_terminal_of_80_columns_gets_a_bar_with_all_figures(jpegs, tmp_path):
     bars = [line for line in re.split(r"[\r\n]", shown.decode()) if line.startswith("epoch 1/1 ") and "%|" in line]
     assert any(re.search(r"loss [\d.]+  sub [\d.]+  lr [\d.e-]+  \d+ img/s  left 0:00", bar) for bar in bars), shown
     assert max(map(len, bars)) <= 80
+
+
+def test_the_next_epochs_images_are_on_their_way_while_this_one_is_evaluated(jpegs, monkeypatch):
+    events: list[str] = []
+    for name in ("batches_of", "evaluate_all"):
+        plain = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *given, name=name, plain=plain: events.append(name) or plain(*given))
+    start("--data-path", str(jpegs()), "--output-dir", "")
+    assert events == ["batches_of", "batches_of", "evaluate_all", "evaluate_all"]
