@@ -237,8 +237,8 @@ def steps_of(part: Any) -> list[Step]:
             return [(partial(rand_augment, part), part.num_layers)]
         return [(partial(auto_augment, part), max(map(len, groups)))]
     if isinstance(part, transforms.ColorJitter):
-        active = [part.brightness, part.contrast, part.saturation]
-        return [(partial(jitter, part), sum(factors is not None for factors in active))]
+        active = sum(factors is not None for factors in (part.brightness, part.contrast, part.saturation))
+        return [(partial(jitter, part), active)] if active else []
     if isinstance(part, RandomErasing):
         part.per_pixel = part.rand_color = False  # colours are drawn on the device
         return [(partial(erase, part), part.max_count)]
