@@ -20,7 +20,8 @@ from torch.utils.data import IterableDataset, Subset
 from common.data import open_data_set
 from common.dist import Process, seed_everything
 from common.engine import Trainer, Unreadable, Watch, train_one_epoch
-from common.loader import Views, batches_of, training_loader, training_transform
+from common.fast import FastTransform
+from common.loader import FastViews, Views, batches_of, training_loader, training_stages, training_transform
 from common.recipe import Recipe
 from scripts.timing import Mode, build
 
@@ -40,7 +41,17 @@ def decoding(args: argparse.Namespace, data: Any) -> Callable[[int], Any]:
     return lambda index: data[index % len(data)][0].convert("RGB")
 
 
-PIPELINES: dict[str, Pipeline] = {"PIL": pil, "decoding": decoding}  # the first is what the others are compared with
+def fast(args: argparse.Namespace, data: Any) -> Callable[[int], Any]:
+    """What `--input fast` leaves to the host; the rest is done on the device."""
+    views = FastViews(data, FastTransform(*training_stages(args)))
+    return lambda index: views[index % len(data), index][0]
+
+
+PIPELINES: dict[str, Pipeline] = {
+    "PIL": pil,
+    "fast": fast,
+    "decoding": decoding,
+}  # the first is what the others are compared with
 
 
 @dataclass
