@@ -38,13 +38,13 @@ def images(tmp_path_factory):
 
 
 def call(script: str, *words: str, cwd: Path = ROOT, status: int = 0) -> str:
-    """What a script prints; what it complains of, where it is to fail."""
+    """What a script prints; what it complains of, where it is to fail with status 2."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / script), *words],
         cwd=cwd, capture_output=True, text=True, env=environment(), timeout=240,
     )  # fmt: skip
     assert done.returncode == status, done.stdout + done.stderr
-    return done.stderr if status else done.stdout
+    return done.stderr if status == 2 else done.stdout
 
 
 def submit(out: Path, images: Path, *flags: str, cluster: tuple[str, ...] = (), status: int = 0) -> str:
@@ -230,7 +230,7 @@ def test_a_failing_row_does_not_hold_up_the_others(slurm, tmp_path):
     broken = tmp_path / "deit" / "digits-masking-epochs-1" / "pretrain" / "checkpoint.pth"
     broken.parent.mkdir(parents=True)
     broken.write_text("no checkpoint")
-    said_of = call("reproduce.py", *words, "--append", "--epochs", "1")
+    said_of = call("reproduce.py", *words, "--append", "--epochs", "1", status=1)
     assert f"deit/digits-masking/pretrain: failed: none of the checkpoints in {broken.parent} can be read" in said_of
     assert "deit/digits-masking/finetune: failed: cancelled, by somebody or since the stage before it failed" in said_of
     assert "resnet_rsb/digits-masking/train: done" in said_of
@@ -268,15 +268,14 @@ def test_a_stage_that_is_stopped_does_not_begin_the_next(slurm, tmp_path):
         [sys.executable, str(ROOT / "scripts" / "reproduce.py"), *words, *append],
         stdout=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
-    row = next((tmp_path / "deit").glob("*"), None) or wait_for(
-        lambda: next((tmp_path / "deit").glob("*"), None), 60, "a row"
-    )
-    begun(row / "pretrain", epoch=1)
+    row = wait_for(lambda: next(tmp_path.glob("deit/*"), None), 60, "a row")
+    wait_for(lambda: "epoch 1/12  step 3/" in said(row / "pretrain"), 60, "the pretraining")
     job = status_of(row / "pretrain")["job"]
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
-    said, _ = first.communicate(timeout=120)
-    assert first.returncode == 1 and "pretrain: stopped: by SIGTERM" in said, said
-    assert "finetune: failed: cancelled, by somebody or since the stage before it failed" in said
+    told, _ = first.communicate(timeout=120)
+    assert "pretrain: stopped: by SIGTERM" in told, told
+    assert "finetune: failed: cancelled, by somebody or since the stage before it failed" in told
+    assert first.returncode == 1
     assert not (row / "finetune" / "checkpoint.pth").exists()
     again = call("reproduce.py", *words, *append)
     assert again.count("submitted as job") == 2 and "finetune: done" in again
