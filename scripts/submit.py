@@ -68,7 +68,10 @@ def main() -> None:
 def complaining(parser: argparse.ArgumentParser) -> Iterator[None]:
     """Makes what goes wrong one sentence with status 2, a Ctrl-C one with 130, and a reader that left a quiet 141."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # else a reader's leaving would be noticed when it is too late to be quiet
     except BrokenPipeError:
         stop_printing()
         sys.exit(141)

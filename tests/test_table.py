@@ -281,10 +281,10 @@ def test_what_a_single_run_is_asked_is_looked_at_first(tmp_path, call):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_reader_that_leaves_ends_the_plan_quietly(tmp_path):
-    words = f"{sys.executable} {ROOT}/scripts/reproduce.py swin --plan | head -1; exit ${{PIPESTATUS[0]}}"
+def test_a_reader_that_leaves_ends_the_plan_quietly():
+    words = f"{sys.executable} {ROOT}/scripts/reproduce.py swin --plan | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, env=environment(), timeout=240)
-    assert (done.returncode, done.stderr) == (141, "") and done.stdout.count("\n") == 1
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_jobs_do_not_see_the_job_that_submits_them(monkeypatch):
