@@ -132,6 +132,10 @@ class Log:
                 file.write(json.dumps(entry) + "\n")
         self.flush()
 
+    def accuracy(self) -> dict[int, float]:
+        """Top-1 accuracy of each epoch so far, in %."""
+        return {entry["epoch"]: entry["test_acc1"] for entry in self.entries}
+
     def flush(self) -> None:
         """Sees to it that the points so far outlive this process."""
         if self.curves is not None:

@@ -112,8 +112,7 @@ def train(job: Job) -> None:
     began = time.time()
     whole = job.start.continues and job.start.position is None  # its checkpoint is that of a whole epoch
     if whole and job.process.is_main and job.folder is not None:  # an earlier start may have been cut off before
-        accuracy = {entry["epoch"]: entry["test_acc1"] for entry in log.entries}
-        keep(job.folder, job.start.epoch - 1, job.best, args.checkpoint_hist, accuracy)
+        keep(job.folder, job.start.epoch - 1, job.best, args.checkpoint_hist, log.accuracy())
     if job.start.epoch >= args.epochs:
         log.line(f"all {args.epochs} epochs are trained already")
     job.request.gently = True
@@ -226,7 +225,7 @@ def save(job: Job, epoch: int, position: Position | None = None, own: list[dict[
     background, under all its names."""
     assert job.folder is not None
     trainer, folder, best = job.trainer, job.folder, dict(job.best)
-    accuracy = {entry["epoch"]: entry["test_acc1"] for entry in job.log.entries}
+    accuracy = job.log.accuracy()
     job.writer.wait()  # at most one copy at a time
     job.log.flush()
     state = snapshot(state_of(trainer) | {

@@ -231,15 +231,16 @@ def kill(pid: int) -> bool:
 
 def children(pid: int) -> list[int]:
     """Processes that this one has started."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if parent == pid:
-            found.append(int(stat.parent.name))
-    return found
+    processes = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return [process for process in processes if parent_of(process) == pid]
+
+
+def parent_of(pid: int) -> int | None:
+    """The process that has started this one; None where this one has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def descendants(pid: int) -> Iterator[int]:
@@ -258,11 +259,8 @@ def command_of(pid: int) -> str:
 
 def is_trainer(pid: int, setting: Setting) -> bool:
     """Whether a process trains: it was not forked to load data, and is no launcher."""
-    words = command_of(pid)
-    parent = Path(f"/proc/{pid}/stat")
-    try:
-        above = int(parent.read_text().rpartition(")")[2].split()[1])
-    except OSError:
+    words, above = command_of(pid), parent_of(pid)
+    if above is None:
         return False
     launcher = "torch.distributed.run"
     return ENTRIES[setting.recipe] in words and launcher not in words and (

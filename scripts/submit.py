@@ -136,8 +136,6 @@ class Cluster:
         here = args.local or shutil.which("sbatch") is None
         if here and nodes > 1:
             raise ValueError(f"{nodes} nodes are wanted, and no Slurm is here (no sbatch): --nodes 1 runs here")
-        if min(nodes, gpus) < 1:
-            raise ValueError("--nodes and --gpus-per-node: at least 1 is needed")
         other = dict(item.partition("=")[::2] for item in args.sbatch)
         options = {
             "time": minutes(args.time),
