@@ -70,13 +70,15 @@ class AugSub:
         if hasattr(model, "no_sync") or hasattr(model, "_orig_mod"):
             raise ValueError(f"make AugSub from the bare model, before {type(model).__name__} wraps it")
         self.kind, self.ratio = kind, ratio
-        self.drop, self._switches = ("plain", []) if kind == "none" else _install(model, kind, ratio, block)
+        self.joined: str | None = None  # how `common.joint.join` computes both passes at once
+        self.drop, self.switches = ("plain", []) if kind == "none" else _install(model, kind, ratio, block)
         if batch_norm == "main":
             norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-            self._switches += [_Switch(m, "track_running_stats", False) for m in norms if m.track_running_stats]
+            self.switches += [Switch(m, "track_running_stats", False) for m in norms if m.track_running_stats]
 
     def __repr__(self) -> str:
-        return f"AugSub({self.kind}, ratio={self.ratio}, {self.drop})"
+        joined = f", {self.joined}" if self.joined else ""
+        return f"AugSub({self.kind}, ratio={self.ratio}, {self.drop}{joined})"
 
     @property
     def weight(self) -> float:
@@ -91,13 +93,13 @@ class AugSub:
         context as outside. The context changes neither the mode nor whether gradients are recorded, so
         `with torch.no_grad(), augsub.sub_model(): model(x)` is the sub-model's output for a model in train().
         """
-        before = [getattr(switch.module, switch.name) for switch in self._switches]
+        before = [getattr(switch.module, switch.name) for switch in self.switches]
         try:
-            for switch in self._switches:
+            for switch in self.switches:
                 setattr(switch.module, switch.name, switch.within)
             yield
         finally:
-            for switch, rate in zip(self._switches, before):
+            for switch, rate in zip(self.switches, before):
                 setattr(switch.module, switch.name, rate)
 
     def losses(
@@ -113,7 +115,8 @@ class AugSub:
         backward would recompute the sub pass at the main model's rates.
 
         Args:
-            model: the model of `__init__`, bare, in DDP or compiled.
+            model: the model of `__init__`, bare, in DDP or compiled; or what `common.joint.join` made of it, whose
+                losses come from one graph and must be summed.
             x: images (B, 3, H, W), which both passes see.
             y: labels, class indices (B,) or probabilities (B, K).
             criterion: the recipe's loss, mean over the batch. What it does to labels (smoothing, a threshold) it does
@@ -125,13 +128,16 @@ class AugSub:
             scalars in float32, also under autocast: `weight` * l.
         """
         wait = getattr(model, "no_sync", nullcontext)
-        with nullcontext() if sync and self.kind == "none" else wait():
-            logits = model(x)
+        with nullcontext() if sync and (self.joined or self.kind == "none") else wait():
+            logits, sub_logits = model(x) if self.joined else (model(x), None)
             yield self.weight * _float32(criterion, logits, y)
         if self.kind == "none":
             return
         soft_criterion, to_target = soft_target_loss(criterion)
         target = to_target(logits.detach().float())
+        if sub_logits is not None:
+            yield self.weight * _float32(soft_criterion, sub_logits, target)
+            return
         # the rates stay switched while the caller runs backward, so activation checkpointing recomputes this pass
         with nullcontext() if sync else wait(), self.sub_model():
             yield self.weight * _float32(soft_criterion, model(x), target)
@@ -167,13 +173,15 @@ def drops(model: nn.Module) -> dict[str, str]:
     return offered
 
 
-class _Switch(NamedTuple):
-    module: Any  # whose attribute
-    name: str  # holds a drop rate
-    within: float  # and this value in the sub-model
+class Switch(NamedTuple):
+    """An attribute of a module that holds a drop rate, and its value in the sub-model."""
+
+    module: Any
+    name: str
+    within: float
 
 
-def _install(model: nn.Module, kind: str, ratio: float, block: int) -> tuple[str, list[_Switch]]:
+def _install(model: nn.Module, kind: str, ratio: float, block: int) -> tuple[str, list[Switch]]:
     offered = drops(model)
     if kind not in offered:
         raise ValueError(f"{type(model).__name__} has no place for {kind}: it offers {', '.join(offered)}")
@@ -182,12 +190,12 @@ def _install(model: nn.Module, kind: str, ratio: float, block: int) -> tuple[str
     if kind == "masking":
         return offered[kind], [_install_mask(model, ratio, block)]
     if kind == "dropout":
-        return offered[kind], [_Switch(module, "p", ratio) for module in _dropouts(model)]
+        return offered[kind], [Switch(module, "p", ratio) for module in _dropouts(model)]
     switches = []
     for branch, name in _drop_paths(model):
         if not isinstance(getattr(branch, name), DropPath):
             setattr(branch, name, DropPath(0.0).train(branch.training))
-        switches.append(_Switch(getattr(branch, name), "drop_prob", ratio))
+        switches.append(Switch(getattr(branch, name), "drop_prob", ratio))
     return offered[kind], switches
 
 
@@ -199,17 +207,17 @@ def _mask_name(model: nn.Module) -> str:
     return TokenMask.name if patch_embedding(model) is not None else PixelMask.name
 
 
-def _install_mask(model: nn.Module, ratio: float, block: int) -> _Switch:
+def _install_mask(model: nn.Module, ratio: float, block: int) -> Switch:
     name = _mask_name(model)
     if name != "token drop":
-        return _Switch((TokenMask if name == TokenMask.name else PixelMask).on(model, block), "ratio", ratio)
+        return Switch((TokenMask if name == TokenMask.name else PixelMask).on(model, block), "ratio", ratio)
     if not hasattr(model, "patch_drop"):  # Hiera drops whole mask units itself
-        return _Switch(model, "patch_drop_rate", ratio)
+        return Switch(model, "patch_drop_rate", ratio)
     if not isinstance(model.patch_drop, (PatchDropout, PatchDropoutWithIndices)):
         # a model with rotary or variable-length positions holds None here and wants to know which tokens were kept
         layer = PatchDropoutWithIndices if model.patch_drop is None else PatchDropout
         model.patch_drop = layer(0.0, num_prefix_tokens=model.num_prefix_tokens).train(model.training)
-    return _Switch(model.patch_drop, "prob", ratio)
+    return Switch(model.patch_drop, "prob", ratio)
 
 
 def _dropouts(model: nn.Module) -> list[nn.Dropout]:

@@ -108,11 +108,11 @@ class TokenMask(BlockMask):
         if not (self.ratio and module.training):
             return None
         if isinstance(output, tuple):
-            return (self.hide(module, inputs[0], output[0]), *output[1:])
-        return self.hide(module, inputs[0], output)
+            return (self.hide(module, inputs[0], output[0], self.ratio), *output[1:])
+        return self.hide(module, inputs[0], output, self.ratio)
 
-    def hide(self, embed: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
-        """The tokens that `embed` made of images (B, 3, H, W), with blocks of them replaced."""
+    def hide(self, embed: nn.Module, images: Tensor, tokens: Tensor, ratio: float) -> Tensor:
+        """The tokens that `embed` made of images (B, 3, H, W), with a share of the blocks replaced."""
         token = self.model.mask_token.to(tokens.dtype)
         height, width = images.shape[-2:]
         layout = getattr(embed, "output_fmt", "NCHW" if tokens.shape[1] == token.shape[-1] else "NHWC")
@@ -123,7 +123,7 @@ class TokenMask(BlockMask):
         else:
             grid = (tokens.shape[2], tokens.shape[3]) if channels_first else (tokens.shape[1], tokens.shape[2])
         block = max(1, round(self.block * grid[0] / height)), max(1, round(self.block * grid[1] / width))
-        mask = block_mask(len(tokens), grid, block, self.ratio, tokens.device)
+        mask = block_mask(len(tokens), grid, block, ratio, tokens.device)
         if tokens.ndim == 3:
             return torch.where(mask.flatten(1)[..., None], token, tokens)
         if channels_first:
@@ -144,8 +144,12 @@ class PixelMask(BlockMask):
         if not (self.ratio and module.training):
             return None
         x, *rest = inputs
-        mask = block_mask(len(x), (x.shape[-2], x.shape[-1]), (self.block, self.block), self.ratio, x.device)
-        return (x.masked_fill(mask[:, None], 0), *rest)
+        return (self.hide(x, self.ratio), *rest)
+
+    def hide(self, x: Tensor, ratio: float) -> Tensor:
+        """x: images (B, 3, H, W), with a share of the blocks set to 0."""
+        mask = block_mask(len(x), (x.shape[-2], x.shape[-1]), (self.block, self.block), ratio, x.device)
+        return x.masked_fill(mask[:, None], 0)
 
 
 def patch_embedding(model: nn.Module) -> nn.Module | None:

@@ -31,6 +31,7 @@ from common.data import check_classes, open_data_set
 from common.dist import Process
 from common.engine import Trainer, Unreadable
 from common.files import lock, remove_parts, replacing
+from common.joint import join
 from common.loader import create_augment, create_mixup, evaluation_loader, training_loader
 from common.log import Log
 from common.masking import PixelMask, TokenMask
@@ -149,10 +150,11 @@ def create_trainer(
     in_force = recipe.scale_lr(args, args.batch_size * process.world_size * args.accum_iter)
     optimizer = create_optimizer(recipe, model, in_force)
     mixup = create_mixup(args, classes)
+    joint = join(augsub, model) if args.augsub_joint and training else None
     dtype = autocast_dtype(args.amp, process.device)
     return Trainer(
         process=process,
-        model=wrapped(model, args, process),
+        model=wrapped(joint or model, args, process),
         bare=model,
         augsub=augsub,
         criterion=recipe.loss(args, mixup is not None),

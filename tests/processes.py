@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.augsub import AugSub
+from common.joint import join
 from common.masking import block_mask
 from mae import models as mae_models  # noqa: F401 - registers vit_pico_patch8
 
@@ -44,9 +45,11 @@ def joined_batch(name: str) -> tuple[Tensor, Tensor]:
 
 def same_mask_for_all(model: nn.Module) -> None:
     """Makes the drop hide the same patches of every image, so that it does not matter which process draws them."""
+    import common.joint as joint
     import common.masking as masking
 
     masking.block_mask = lambda batch, *rest: block_mask(1, *rest).expand(batch, -1, -1)
+    joint.patch_dropout_forward = lambda tokens, *rest: (tokens[:, :33], None)
     if hasattr(model, "patch_drop"):
         model.patch_drop.forward = lambda x: x[:, :33] if getattr(model.patch_drop, "prob", 0) else x  # type: ignore[union-attr]
 
@@ -54,7 +57,8 @@ def same_mask_for_all(model: nn.Module) -> None:
 def gradients(
     model: nn.Module, called: nn.Module, augsub: AugSub, x: Tensor, y: Tensor, parts: int, joint: bool = False
 ) -> dict[str, Tensor]:
-    """Gradients of one update from `parts` micro-batches, each with one backward where `joint` is set."""
+    """Gradients of one update from `parts` micro-batches, each with one backward where `joint` is set; `called` may
+    compute both passes at once then."""
     for part, (images, labels) in enumerate(zip(x.chunk(parts), y.chunk(parts)), start=1):
         torch.manual_seed(5)
         losses = augsub.losses(called, images, labels, F.cross_entropy, sync=part == parts)
@@ -74,7 +78,7 @@ def ddp_steps(
         model = build(name)
         augsub = AugSub(model, kind, ratio)
         same_mask_for_all(model)
-        ddp = DistributedDataParallel(model, bucket_cap_mb=1000)
+        ddp = DistributedDataParallel(join(augsub, model) or model if joint else model, bucket_cap_mb=1000)
         rounds: list[int] = []
 
         def count(state: list[int], bucket: torch_dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+import common.joint
 import common.masking
 from common.augsub import AugSub
 from tests.processes import CASES, build, ddp_steps, gradients, joined_batch, same_mask_for_all
@@ -21,6 +22,7 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize(("name", "kind", "parts", "joint"), CASES)
 def test_two_processes_gradients_equal_ones_on_the_joined_batch(name, kind, parts, joint, two_processes, monkeypatch):
     monkeypatch.setattr(common.masking, "block_mask", common.masking.block_mask)  # put back after the test
+    monkeypatch.setattr(common.joint, "patch_dropout_forward", common.joint.patch_dropout_forward)
     model = build(name)
     augsub = AugSub(model, kind, 0.5)
     same_mask_for_all(model)

@@ -125,7 +125,7 @@ def test_dropout_is_where_timms_projection_dropout_is():
         theirs = {id(m): n for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and m.p == rate}
         if not theirs:  # a convolutional one
             continue
-        ours = {id(switch.module) for switch in AugSub(model, "dropout", 0.5)._switches}
+        ours = {id(switch.module) for switch in AugSub(model, "dropout", 0.5).switches}
         missed = [name for key, name in theirs.items() if key not in ours]
         assert missed == [], name
         compared += 1

@@ -261,7 +261,7 @@ def groups_of(job: Job) -> list[dict]:
 @pytest.mark.parametrize("flags", [
     ["--amp", "bf16"], ["--amp", "fp16"], ["--channels-last"], ["--attn-only"], ["--src", "--ThreeAugment"],
     ["--clip-grad", "1.0"], ["--opt", "fusedlamb"], ["--bce-loss", "--smoothing", "0"], ["--augsub", "none"], ["--augsub", "dropout"],
-    ["--augsub", "droppath"], ["--sched", "step"], ["--lr-noise", "0.1", "0.9"], ["--data-set", "DIGITS"],
+    ["--augsub", "droppath"], ["--augsub-joint"], ["--sched", "step"], ["--lr-noise", "0.1", "0.9"], ["--data-set", "DIGITS"],
 ], ids=" ".join)  # fmt: skip
 def test_each_way_to_train_learns_and_stays_finite(flags, jpegs):
     base = ["--augsub", "masking", "--data-path", str(jpegs()), "--batch-size", "16"]
