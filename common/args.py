@@ -266,8 +266,8 @@ def create_parser(recipe: Recipe) -> Parser:
         "grid")  # fmt: skip
     add("--augsub-bn", choices=("shared", "main"), default="shared", help="whether the sub-model's pass counts in the "
         "running batch statistics, as upstream's does, or the main model's alone")  # fmt: skip
-    add("--augsub-joint", action=switch, default=False, help="both passes share one backward, with the graphs of both "
-        "in memory")  # fmt: skip
+    add("--augsub-joint", action=switch, default=False, help="both passes as one larger batch, or at least with one "
+        "backward; holds the graphs of both, and pays where a pass alone is too small for the device")  # fmt: skip
 
     group = parser.add_argument_group("model")
     add = group.add_argument

@@ -12,10 +12,11 @@ save        a checkpoint written while training goes on: for how long a step wai
 
 The first word after the command is a recipe (deit). Flags are those of its trainer, --variant and --model among them,
 and without either its small model for the digits is measured; --augsub takes several drops, with commas between them:
-none, masking, dropout, droppath. What is compared takes turns, so that a machine that is slow for a while is so for
-all; a figure is the median of the turns, and ± half the distance of their quartiles. --reference puts a stand-in for
-the published trainers beside: eager, float32 on a CPU and float16 autocast on a GPU, attention that is not fused, an
-all-reduce for each pass, the loss read and the device waited for in every step.
+none, masking, dropout, droppath, and each of the drops with -joint behind it, for --augsub-joint. What is compared
+takes turns, so that a machine that is slow for a while is so for all; a figure is the median of the turns, and ± half
+the distance of their quartiles. --reference puts a stand-in for the published trainers beside: eager, float32 on a CPU
+and float16 autocast on a GPU, attention that is not fused, an all-reduce for each pass, the loss read and the device
+waited for in every step.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from scripts import pipelines, plan, timing  # noqa: E402
 from scripts.table import RECIPES  # noqa: E402
 
 NAMES = {"none": "plain", "masking": "AugMask", "dropout": "AugDrop", "droppath": "AugPath"}
+JOINT = "-joint"
 COMMANDS = ("step", "data", "end-to-end", "save")
 DATA_ROWS = {"deit": "small_400", "mae": "base_100", "swin": "tiny", "resnet_rsb": "resnet50"}
 
@@ -110,9 +112,10 @@ def modes_of(recipe: Recipe, flags: Sequence[str], data_path: str = "unseen") ->
     own.add_argument("--augsub", default="none,masking")
     first, rest = own.parse_known_args(list(flags))
     kinds = list(dict.fromkeys(first.augsub.split(",")))
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    known = [*KINDS, *(kind + JOINT for kind in KINDS[1:])]
+    unknown = [kind for kind in kinds if kind not in known]
     if unknown:
-        raise ValueError(f"--augsub {unknown[0]}: choose from {','.join(KINDS)}")
+        raise ValueError(f"--augsub {unknown[0]}: choose from {','.join(known)}")
     given = {hyphenated(word).partition("=")[0] for word in rest}
     unseen = given & {"--variant", "--model", "--cfg"} and not given & {"--data-path", "--data-dir"}
     fixed = [*(["--data-path", data_path] if unseen else []), "--output-dir", ""]
@@ -124,9 +127,11 @@ def modes_of(recipe: Recipe, flags: Sequence[str], data_path: str = "unseen") ->
     measured = dataclasses.replace(recipe, add_flags=add_all)
     modes = []
     for reference in (False, True):
-        for kind in kinds:
-            args = parse(measured, [*rest, *fixed, "--augsub", kind])
-            if reference and not args.reference:
+        for name in kinds:
+            kind = name.removesuffix(JOINT)
+            joint = ["--augsub-joint"] if name != kind else []
+            args = parse(measured, [*rest, *fixed, "--augsub", kind, *joint])
+            if reference and (joint or not args.reference):
                 continue
             device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
             if reference:
@@ -135,7 +140,8 @@ def modes_of(recipe: Recipe, flags: Sequence[str], data_path: str = "unseen") ->
                 args.nb_classes = 10 if args.data_set == "DIGITS" else 1000
             args.steps = args.steps or (10 if device.type == "cuda" else 1)
             check_targets(args, args.nb_classes)
-            modes.append(timing.Mode(("reference " if reference else "") + NAMES[kind], kind, reference, args))
+            shown_as = ("reference " if reference else "") + NAMES[kind] + (" joint" if joint else "")
+            modes.append(timing.Mode(shown_as, kind, reference, args))
     if modes[0].args.threads:
         torch.set_num_threads(modes[0].args.threads)
     return modes
