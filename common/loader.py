@@ -34,7 +34,7 @@ from common.args import mixup_active
 from common.data import Shards
 from common.device_augment import DeviceAugment, Raw
 from common.dist import Process
-from common.fast import FastTransform, decode, fill_of
+from common.fast import FastTransform, fill_of
 
 # what PIL and the readers raise on files that are no image, cut short, or too large to be one; RuntimeError is timm's
 # word for a sample that failed as often as it was tried
@@ -111,7 +111,8 @@ class Views(Dataset):
 
 
 class FastViews(Views):
-    """Views that torchvision decodes, where the data set has its images as bytes; items have a `Raw` for an image."""
+    """Views that are decoded with their crop known, where the data set has its images as bytes; items have a `Raw` for
+    an image."""
 
     def __init__(self, data: Any, transform: FastTransform, replace: bool = True, workers: int = 0):
         super().__init__(data, transform, replace, workers)
@@ -125,8 +126,7 @@ class FastViews(Views):
     def read(self, index: int) -> tuple[Any, Any]:
         if not hasattr(self.data, "bytes_of"):
             return super().read(index)
-        content, label = self.data.bytes_of(index)
-        return decode(content), label
+        return self.data.bytes_of(index)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -18,13 +19,15 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from common import device_augment as device
+from common import fast
 from common import loader as loaders
 from common.args import parse
 from common.data import open_data_set
 from common.device_augment import OPERATIONS, Raw
 from common.dist import Process
-from common.fast import FastTransform, Plan, decode
+from common.fast import FastTransform, Plan, decode, frame_of
 from common.loader import (
+    UNREADABLE,
     FastViews,
     Views,
     collate,
@@ -263,14 +266,89 @@ def test_files_of_every_kind_are_decoded_as_pil_does(mode, format, kwargs):
     content = encoded(photo, format, **kwargs)
     theirs = pil_to_tensor(Image.open(io.BytesIO(content)).convert("RGB"))
     for given in (content, bytearray(content)):
-        ours = decode(given)
-        ours = ours if isinstance(ours, Tensor) else pil_to_tensor(ours)
+        ours = decoded(given)
         assert ours.shape == theirs.shape and (ours.int() - theirs.int()).abs().max() <= 1
 
 
-def test_photographs_are_decoded_by_torchvision():
-    assert isinstance(decode(encoded(photographs()[0], "JPEG")), Tensor)
-    assert isinstance(decode(encoded(photographs()[0], "PNG")), Tensor)
+@pytest.mark.parametrize("kwargs", [{}, {"progressive": True}, {"restart_marker_blocks": 3}])
+@pytest.mark.parametrize("installed", [True, False])
+def test_photographs_are_not_decoded_by_pil(installed, kwargs, monkeypatch):
+    if not installed:
+        monkeypatch.setattr(fast, "simplejpeg", None)
+    for format in ("JPEG", "PNG"):
+        content = encoded(photographs()[0], format, **kwargs if format == "JPEG" else {})
+        assert isinstance(decode(content, frame_of(content)), Tensor)
+
+
+def damaged(draw: np.random.Generator, content: bytes) -> bytes:
+    """With one to three bytes changed, of the header or the pixels."""
+    changed = bytearray(content)
+    for _ in range(draw.integers(1, 4)):
+        changed[draw.integers(draw.choice([2, content.index(b"\xff\xda")]), len(changed) - 2)] = draw.integers(256)
+    return bytes(changed)
+
+
+def test_rows_above_are_pils_to_the_bit_and_what_is_below_is_spared():
+    """Of JPEGs of all kinds and sizes, and of damaged ones, of which PIL refuses some. 400 of them."""
+    pytest.importorskip("simplejpeg")
+    draw = np.random.default_rng(0)
+    spared, refused_by_pil = Counter[str](), 0
+    for turn in range(400):
+        height, width = draw.integers(1, 90, 2)
+        photo = photographs()[turn % 3].crop((0, 0, width, height))
+        more: dict = {"subsampling": ["4:4:4", "4:2:2", "4:2:0", "4:1:1", "4:2:0"][turn % 5]}
+        kind = ("RGB", "RGB", "L", "progressive", "restarts", "stored as RGB")[turn % 6]
+        if kind == "progressive":
+            more["progressive"] = True
+        if kind == "restarts":
+            more["restart_marker_blocks"] = 2
+        if kind == "stored as RGB":
+            more = {"keep_rgb": True, "subsampling": "4:4:4"}
+        content = encoded(photo.convert("L") if kind == "L" else photo, "JPEG", quality=int(draw.integers(5, 100)),
+                          **more)  # fmt: skip
+        content = damaged(draw, content) if turn % 4 == 0 else content
+        rows = int(draw.integers(1, height + 1))
+        theirs, ours = (outcome(make) for make in (partial(opened, content), partial(decoded, content, rows)))
+        if theirs is None or ours is None:
+            assert theirs is None and ours is None
+            refused_by_pil += 1
+            continue
+        assert torch.equal(theirs[:, :rows], ours[:, :rows])
+        if turn % 4:
+            assert ours.shape[1:] == (min(rows + 4, height) if kind in ("RGB", "L", "stored as RGB") else height, width)
+            spared[kind] += int(ours.shape[1] < height)
+    assert refused_by_pil > 10 and min(spared[kind] for kind in ("RGB", "L", "stored as RGB")) > 10
+
+
+def opened(content: bytes) -> Tensor:
+    """PIL's pixels."""
+    return pil_to_tensor(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def decoded(content: bytes | bytearray, rows: int | None = None) -> Tensor:
+    """Ours."""
+    image = decode(content, frame_of(content), rows)
+    return image if isinstance(image, Tensor) else pil_to_tensor(image)
+
+
+def outcome(make: Callable[[], Tensor]) -> Tensor | None:
+    """None where the file is refused."""
+    try:
+        return make()
+    except UNREADABLE:
+        return None
+
+
+@pytest.mark.parametrize("flags", [THREE, RESNET, [*RAND, "--src"]])
+def test_simplejpeg_changes_no_bit(flags, jpegs, monkeypatch):
+    pytest.importorskip("simplejpeg")
+    args = settings("--data-path", str(jpegs()), *flags)
+    data = open_data_set(args, train=True)
+    views = FastViews(data, FastTransform(*training_stages(args)))
+    before, _, _ = collate([views[seed % len(data), seed] for seed in range(100)])
+    monkeypatch.setattr(fast, "simplejpeg", None)
+    after, _, _ = collate([views[seed % len(data), seed] for seed in range(100)])
+    assert torch.equal(before.pixels, after.pixels) and torch.equal(before.plan, after.plan)
 
 
 def broken(folder) -> None:
