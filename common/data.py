@@ -183,7 +183,9 @@ class Shards(Dataset):
         content, sample[suffix] = sample[suffix], PIXEL  # timm's decoder gives the label with the image alone
         reader = self.reader
         if "cls" in sample and not (reader.target_keys or reader.target_key or reader.split_info.alt_label):
-            return content, self.class_of(int(sample["cls"]))  # to decode a pixel would take a twentieth of a photograph
+            return content, self.class_of(
+                int(sample["cls"])
+            )  # to decode a pixel would take a twentieth of a photograph
         return content, self.decoded(index, sample)[1]
 
     def sample(self, index: int) -> dict[str, Any]:
