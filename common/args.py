@@ -15,19 +15,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from timm.data import create_transform
-
-from common.augsub import KINDS
-from common.dist import is_main_before_start
-from common.errors import Leaving
-from common.masking import BLOCK
+from common.errors import Leaving, is_main_before_start
 from common.recipe import Recipe
 
+# as common.augsub and common.masking have them, which import PyTorch
+KINDS, BLOCK = ("none", "masking", "dropout", "droppath"), 32
 DIGITS = "DIGITS"
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", DIGITS)
 TIMM_READERS = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")
 STREAMS = ("hfids/", "tfds/")  # of these, read only from front to back
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "constant", "wsd", "rsqrt", "plateau", "none")
+POLICIES = ("rand-m9-mstd0.5-inc1", "rand-m7-mstd0.5", "3a")  # of the recipes; timm is asked of any other
 INTERPOLATIONS = ("random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 # settings that a recipe may offer as flags, at what they are for one that does not
@@ -366,6 +364,10 @@ def augmentation_policy(value: str) -> str | None:
     """A policy that timm can make, such as rand-m9-mstd0.5-inc1; None for "none" and for the empty string."""
     if value.lower() in ("", "none"):
         return None
+    if value in POLICIES:
+        return value
+    from timm.data import create_transform
+
     try:
         create_transform(32, is_training=True, auto_augment=value)
     except (AssertionError, LookupError, ValueError) as error:

@@ -15,9 +15,9 @@ from typing import Any
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from common.files import keep_as, load, write
+from common.files import load, write
+from common.folder import BEFORE, BEST, LAST, keep_as
 
-LAST, BEST, BEFORE = "checkpoint.pth", "best_checkpoint.pth", "previous_checkpoint_{}.pth"
 MASK_TOKENS = "mask_tokens"
 
 

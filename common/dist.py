@@ -16,6 +16,8 @@ import torch.distributed as torch_dist
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 
+from common.errors import is_main_before_start
+
 LEAVING = "leaving"  # a count in the store that the processes share
 AFRESH = "afresh"  # our way for processes to meet, as PyTorch's addresses name it
 
@@ -32,11 +34,6 @@ class Process:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-
-def is_main_before_start() -> bool:
-    """Whether this is the first process, told from the environment alone, so that one process speaks of bad input."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
 
 
 def is_first_to_leave() -> bool:

@@ -1,6 +1,8 @@
-"""What ends a run."""
+"""What ends a run, and which process says so."""
 
 from __future__ import annotations
+
+import os
 
 
 class StopTraining(Exception):
@@ -13,3 +15,8 @@ class Leaving(SystemExit):
     def __init__(self, sentence: str, status: int):
         super().__init__(status)
         self.sentence = sentence
+
+
+def is_main_before_start() -> bool:
+    """Whether this is the first process, told from the environment alone, so that one process speaks of bad input."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read without running code, however they came to be.
+"""Files of tensors: written with a digest of their content, and read without running code, however they came to be.
 
 What is read may come from a stranger or from a disk that fails. Nothing is unpickled but tensors and plain values
 (`weights_only=True`); memory is bounded by the size of the file; and a file of ours carries a digest of its content.
@@ -7,23 +7,19 @@ What is read may come from a stranger or from a disk that fails. Nothing is unpi
 from __future__ import annotations
 
 import argparse
-import errno
-import fcntl
 import hashlib
-import os
 import pickle
 import pickletools
-import shutil
-import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from common.folder import replacing
 
 DIGEST = "digest"  # entry of a file of ours
 MOST_ITEMS, DEEPEST = 2_000_000, 32  # of a checkpoint's content
@@ -65,84 +61,6 @@ def write(path: Path, content: dict[str, Any], before: Callable[[], None] = lamb
             torch.save(content | {DIGEST: digest(content)}, written)
         except RuntimeError as error:  # torch's own word for a write that failed
             raise written.error or error from error
-
-
-@contextmanager
-def replacing(path: Path, before: Callable[[], None] = lambda: None) -> Iterator[Any]:
-    """Gives a file to write and puts it in `path`'s place at the end; if the body raises, `path` stays as it was."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        before()
-        os.replace(aside, path)
-        flush_folder(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def flush_folder(folder: Path) -> None:
-    """Makes the names in a folder last through a loss of power."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-def keep_as(path: Path, other: Path) -> None:
-    """Makes `other` a second name of the file at `path`, or a copy where the file system has no second names."""
-    aside = other.with_name(f".{other.name}.{os.getpid()}.part")
-    try:
-        aside.unlink(missing_ok=True)
-        try:
-            os.link(path, aside)
-        except OSError:
-            shutil.copyfile(path, aside)
-        os.replace(aside, other)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def lock(path: Path, wait: float, say: Callable[[], None]) -> IO[bytes] | None:
-    """Takes a lock that lasts until the file is closed or this process ends, however it does.
-
-    Args:
-        path: of the lock's file.
-        wait: seconds for whoever has it to give it up.
-        say: is called once if there is somebody to wait for.
-
-    Returns:
-        The open file; None where the file system has no locks.
-
-    Raises:
-        TimeoutError: another process has it still.
-    """
-    file = open(path, "ab")  # noqa: SIM115  # to be closed by who asked
-    end = None
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                file.close()
-                return None
-        if end is None:
-            end = time.monotonic() + wait
-            say()
-        if time.monotonic() > end:
-            file.close()
-            raise TimeoutError(f"{path} is locked")
-        time.sleep(0.2)
-
-
-def remove_parts(folder: Path) -> None:
-    """Removes the checkpoints that were half written when a run was killed."""
-    for part in folder.glob(".*.pth.*.part"):
-        part.unlink(missing_ok=True)
 
 
 def digest(content: Any) -> str:

@@ -18,9 +18,7 @@ from tqdm import tqdm
 
 from common.engine import Report
 from common.errors import StopTraining
-from common.files import replacing
-
-LOG, CURVES, SUMMARY = "log.txt", "tensorboard", "summary.csv"
+from common.folder import CURVES, LOG, SUMMARY, duration, entries, replacing
 
 
 class Log:
@@ -177,19 +175,3 @@ def _quiet_writer(args: threading.ExceptHookArgs) -> None:
     """TensorBoard's writing thread hands an error on to the next call; a traceback of its own is one too many."""
     if not type(args.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(args)
-
-
-def entries(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of log.txt; one that was torn by a crash is passed over."""
-    path, found = folder / LOG, []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return [entry for entry in found if isinstance(entry, dict) and "epoch" in entry]
-
-
-def duration(seconds: float) -> str:
-    """83 → "1:23", 5000 → "1:23:20"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

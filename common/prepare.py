@@ -30,18 +30,19 @@ from common.augsub import AugSub
 from common.data import check_classes, open_data_set
 from common.dist import Process
 from common.engine import Trainer, Unreadable
-from common.files import lock, remove_parts, replacing
+from common.folder import SETTINGS, lock, remove_parts, replacing
 from common.joint import join
 from common.loader import create_augment, create_mixup, evaluation_loader, training_loader
 from common.log import Log
 from common.masking import PixelMask, TokenMask
-from common.recipe import Recipe, create_optimizer
+from common.optim import create_optimizer
+from common.recipe import Recipe
 from common.resume import Source, Start, fetch, newest_of, plain, put_in_order, restore, resume_from
 from common.signals import Request
 from common.writer import Writer
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS, RUNNING = "args.json", ".running"
+RUNNING = ".running"
 WAIT = 120.0  # seconds for a run in the same folder to end: a file server keeps the locks of a machine that died for 90
 
 

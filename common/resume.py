@@ -20,7 +20,8 @@ from common import checkpoint, dist
 from common.args import MAY_CHANGE, STREAMS
 from common.dist import Process
 from common.engine import Position, Trainer
-from common.files import keep_as, load
+from common.files import load
+from common.folder import LAST, keep_as
 from common.recipe import Recipe
 
 # what an optimizer is set to, as against what it remembers
@@ -54,7 +55,7 @@ def resume_from(args: argparse.Namespace, process: Process) -> Source | None:
         if args.eval or not there:
             return Source(named, load(named), named=True)
         ours = newest(folder, process)
-        if (folder / checkpoint.LAST).resolve() == named.resolve():
+        if (folder / LAST).resolve() == named.resolve():
             return replace(ours, named=True)
         before = ours.content.get("args")
         if isinstance(before, dict) and before.get("resume") == args.resume:
@@ -99,7 +100,7 @@ def newest(folder: Path, process: Process) -> Source:
 def newest_of(folder: Path) -> tuple[int, int] | None:
     """What changes when a folder gets a new checkpoint."""
     try:
-        found = (folder / checkpoint.LAST).stat()
+        found = (folder / LAST).stat()
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
@@ -115,7 +116,7 @@ def put_in_order(folder: Path, source: Source | None) -> None:
         return
     for path in source.damaged:
         os.replace(path, path.with_name(f"damaged_{path.name}"))
-    last = source.path.with_name(checkpoint.LAST)
+    last = source.path.with_name(LAST)
     if source.path != last:
         keep_as(source.path, last)
 

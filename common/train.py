@@ -1,4 +1,4 @@
-"""run(recipe): arguments → data → model → optimizer → epochs → evaluation → checkpoint."""
+"""run(recipe, args): data → model → optimizer → epochs → evaluation → checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,30 +16,27 @@ import torch
 from timm.utils import distribute_bn
 
 from common import checkpoint, dist
-from common.args import parse
 from common.engine import Interrupted, Position, Trainer, Watch, autocast, evaluate, train_one_epoch
-from common.errors import Leaving, StopTraining
-from common.files import keep_as
+from common.errors import Leaving, StopTraining, is_main_before_start
+from common.folder import BEST, CURVES, LAST, SETTINGS, duration, keep_as
 from common.loader import NONE, batches_of, end_processes, failure_of
-from common.log import CURVES, duration
-from common.prepare import SETTINGS, Job, prepare
+from common.prepare import Job, prepare
 from common.recipe import Recipe
 from common.resume import own_state, plain, set_own_state
 from common.signals import listening, stop_printing
 from common.writer import snapshot
 
 
-def run(recipe: Recipe, argv: Sequence[str] | None = None) -> str | None:
-    """Trains, or evaluates with `--eval`, as the command line says → None, or the signal that asked it to stop before
-    the end.
+def run(recipe: Recipe, args: argparse.Namespace) -> str | None:
+    """Trains, or evaluates with `--eval`, as the arguments say → None, or the signal that asked it to stop before the
+    end.
 
     Exits with status 2 and one sentence on bad input, and where training cannot go on.
     """
     job = None
     with ExitStack() as stack:
         try:
-            args = parse(recipe, argv)
-            request = stack.enter_context(listening(dist.is_main_before_start()))
+            request = stack.enter_context(listening(is_main_before_start()))
             process = stack.enter_context(dist.started(args.device))
             job = prepare(recipe, args, process)
             job.request = request
@@ -55,7 +52,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> str | None:
         except StopTraining as stop:
             leave(f"training stopped: {stop}", 2)
         except KeyboardInterrupt:
-            saved = job is not None and job.folder is not None and (job.folder / checkpoint.LAST).exists()
+            saved = job is not None and job.folder is not None and (job.folder / LAST).exists()
             leave("interrupted" + ("; the same command continues from the last checkpoint" if saved else ""), 130)
         except BrokenPipeError:
             stop_printing()
@@ -240,7 +237,7 @@ def save(job: Job, epoch: int, position: Position | None = None, own: list[dict[
     })  # fmt: skip
 
     def write() -> None:
-        path = folder / checkpoint.LAST
+        path = folder / LAST
         try:
             checkpoint.save(path, state, job.args.keep_last)
         except (OSError, RuntimeError, FloatingPointError) as error:
@@ -255,10 +252,10 @@ def save(job: Job, epoch: int, position: Position | None = None, own: list[dict[
 def keep(folder: Path, epoch: int, best: dict[str, float], history: int, accuracy: dict[int, float]) -> None:
     """Keeps the checkpoint of an epoch as the best, if it is, and while it is among the `history` ones of highest
     accuracy also under its number."""
-    last = folder / checkpoint.LAST
+    last = folder / LAST
     try:
         if best.get("epoch") == epoch:
-            keep_as(last, folder / checkpoint.BEST)
+            keep_as(last, folder / BEST)
         if history:
             keep_as(last, folder / f"checkpoint-{epoch}.pth")
             numbered = [path for path in folder.glob("checkpoint-*.pth") if path.stem[11:].isdigit()]

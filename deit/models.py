@@ -6,13 +6,14 @@ with upstream's initialisation and a stochastic depth rate that is the same in e
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from common.models import register, resample_positions
+from common.models import create_timm_model, register, resample_positions
 
 
 def create(drop_path_rate: float = 0.0, **kwargs: Any) -> VisionTransformer:
@@ -48,6 +49,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 for _name, _shape in SHAPES.items():
     register(__name__, _name, create, **_shape)
+
+
+def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
+    """The model `args.model`, one of the above or any of timm's."""
+    model = create_timm_model(args, classes)
+    if args.attn_only:
+        train_attention_only(model)
+    return model
 
 
 def adapt_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

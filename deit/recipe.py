@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from typing import Any
 
-from torch import nn
-
-from common.models import create_timm_model
-from common.recipe import Recipe, epoch_schedule, lr_per_512
-from deit.models import adapt_weights, train_attention_only
+from common.recipe import Recipe, late, lr_per_512
 
 # The paper's settings. A row of the table is one of these with a model, its regularisation and its batch.
 PRETRAIN = {
@@ -113,13 +108,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--augsub {args.augsub} needs --train-mode: drops act in training mode only")
 
 
-def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
-    model = create_timm_model(args, classes)
-    if args.attn_only:
-        train_attention_only(model)
-    return model
-
-
 RECIPE = Recipe(
     name="deit",
     about="DeiT-III pretraining and finetuning, plain or with AugSub.",
@@ -134,10 +122,12 @@ RECIPE = Recipe(
     },
     variants=VARIANTS,
     digits=DIGITS,
-    create_model=create_model,
+    create_model=late("deit.models:create_model"),
     add_flags=add_flags,
     check=check,
-    adapt_weights=adapt_weights,
+    adapt_weights=late("deit.models:adapt_weights"),
     scale_lr=lambda args, batch: args if args.unscale_lr else lr_per_512(args, batch),
-    schedule=partial(epoch_schedule, lag=1),  # upstream steps it with the number of the epoch that has passed
+    schedule=late(
+        "common.optim:epoch_schedule", lag=1
+    ),  # upstream steps it with the number of the epoch that has passed
 )

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from typing import Any
 
-from timm.optim import param_groups_layer_decay
-from torch import nn
-
-import mae.models
-from common.models import create_timm_model
-from common.recipe import Recipe, update_schedule, without_weight_decay
+from common.recipe import Recipe, late
 
 PAPER = {"mixup": 0.8, "cutmix": 1.0, "dist_eval": True}
 BASE = PAPER | {"model": "vit_base_patch16", "batch_size": 128, "blr": 5e-4, "layer_decay": 0.65}
@@ -61,21 +55,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--layer-decay {args.layer_decay} is outside (0, 1]")
 
 
-def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
-    pool = "avg" if args.global_pool else "token"
-    return create_timm_model(args, classes, img_size=args.input_size, global_pool=pool)
-
-
 def scale_lr(args: argparse.Namespace, global_batch: int) -> argparse.Namespace:
     lr = args.blr * global_batch / 256 if args.lr is None else args.lr
     return argparse.Namespace(**vars(args) | {"lr": lr})
-
-
-def param_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """timm's layer decay: each block learns slower than the one above it by `layer_decay`."""
-    return param_groups_layer_decay(
-        model, args.weight_decay, no_weight_decay_list=without_weight_decay(model), layer_decay=args.layer_decay
-    )
 
 
 RECIPE = Recipe(
@@ -93,13 +75,13 @@ RECIPE = Recipe(
     },
     variants=VARIANTS,
     digits=DIGITS,
-    create_model=create_model,
+    create_model=late("mae.models:create_model"),
     add_flags=add_flags,
     check=check,
-    adapt_weights=mae.models.adapt_weights,
+    adapt_weights=late("mae.models:adapt_weights"),
     new_head_std=2e-5,
     scale_lr=scale_lr,
-    schedule=partial(update_schedule, prefix=True),
-    param_groups=param_groups,
+    schedule=late("common.optim:update_schedule", prefix=True),
+    param_groups=late("mae.models:param_groups"),
     curve_steps=1000,
 )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from common.models import create_timm_model
-from common.recipe import Recipe
+from common.recipe import Recipe, late
 
 PAPER = {
     "batch_size": 256,  # of each of 8 processes
@@ -94,7 +93,7 @@ RECIPE = Recipe(
     },
     variants=VARIANTS,
     digits=DIGITS,
-    create_model=create_timm_model,
+    create_model=late("common.models:create_timm_model"),
     add_flags=add_flags,
     check=check,
     scale_lr=lambda args, batch: args,

@@ -21,10 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT) if __name__ == "__main__" else sys.path[0]
 
-from common import checkpoint  # noqa: E402
+from common.args import KINDS as DROPS  # noqa: E402
 from common.args import Parser, hyphenated, parse  # noqa: E402
-from common.augsub import KINDS as DROPS  # noqa: E402
-from common.data import find_folder  # noqa: E402
+from common.folder import LAST  # noqa: E402
 from scripts.stage import STATUS, STOPPED, read  # noqa: E402
 from scripts.submit import (  # noqa: E402
     UNDER_WAY,
@@ -164,7 +163,7 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
                 if stage.variant is not None:
                     flags = ["--variant", stage.variant, *flags, "--data-path", str(args.data_path or "DATA_PATH")]
                 if stage.start == STAGE_BEFORE:
-                    flags += ["--finetune", str(before / checkpoint.LAST)]
+                    flags += ["--finetune", str(before / LAST)]
                 elif stage.start == MAE_WEIGHTS:
                     flags += ["--finetune", str(weights_of(args, stage))]
                 flags += ["--output-dir", str(folder), *args.append]
@@ -189,6 +188,8 @@ def check_inputs(args: argparse.Namespace, tasks: Sequence[Task]) -> None:
     if any(task.stage.variant is not None for task in tasks):
         if args.data_path is None:
             raise ValueError("--data-path is needed: the folder of ImageNet, with train/ and val/")
+        from common.data import find_folder
+
         for train in (True, False):
             find_folder(Path(args.data_path), train)
     for task in tasks:
@@ -249,7 +250,7 @@ def begin(args: argparse.Namespace, tasks: Sequence[Task]) -> tuple[bool, bool]:
 
 def put_aside(task: Task) -> None:
     """Takes away what a stage has made from a stage before it that was not at its end."""
-    if any(task.folder.rglob(checkpoint.LAST)):
+    if any(task.folder.rglob(LAST)):
         number = len(list(task.folder.parent.glob(f"{task.folder.name}.before-*"))) + 1
         aside = task.folder.with_name(f"{task.folder.name}.before-{number}")
         os.rename(task.folder, aside)

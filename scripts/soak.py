@@ -29,12 +29,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT) if __name__ == "__main__" else sys.path[0]
 
-from torch import Tensor, equal  # noqa: E402
-
-from common import checkpoint, files  # noqa: E402
 from common.args import Parser  # noqa: E402
-from common.log import CURVES, LOG, duration, entries  # noqa: E402
-from common.prepare import SETTINGS  # noqa: E402
+from common.folder import BEST, CURVES, LAST, LOG, SETTINGS, duration, entries  # noqa: E402
 from scripts.table import ENTRIES  # noqa: E402
 
 FLAGS = ["--augsub", "masking", "--epochs", "3", "--warmup-epochs", "0", "--log-interval", "4", "--save-every", "3",
@@ -267,9 +263,16 @@ def is_trainer(pid: int, setting: Setting) -> bool:
         setting.processes == 1 or launcher in command_of(above))  # fmt: skip
 
 
+def content_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    from common.files import load
+
+    return load(path)
+
+
 def checkpoint_in(folder: Path) -> Path | None:
     """A run's newest checkpoint; the Swin recipe makes folders of its own for it."""
-    return next(folder.rglob(checkpoint.LAST), None)
+    return next(folder.rglob(LAST), None)
 
 
 def progress(folder: Path) -> str:
@@ -277,7 +280,7 @@ def progress(folder: Path) -> str:
     path = checkpoint_in(folder)
     if path is None:
         return "nothing yet"
-    content = files.load(path)
+    content = content_of(path)
     position = content["position"]
     return f"epoch {content['epoch'] + 2}, step {position['update'] if position is not None else 0}"
 
@@ -287,7 +290,7 @@ def finished(folder: Path) -> bool:
     path = checkpoint_in(folder)
     if path is None:
         return False
-    content = files.load(path)
+    content = content_of(path)
     return content["position"] is None and content["epoch"] + 1 == content["args"]["epochs"]
 
 
@@ -295,8 +298,8 @@ def compare(some: Path, other: Path) -> list[str]:
     """What two runs differ in, to the bit: checkpoints but for their settings, log.txt, curves."""
     found = []
     some, other = (path.parent for folder in (some, other) if (path := checkpoint_in(folder)) is not None)
-    for name in (checkpoint.LAST, checkpoint.BEST):
-        ours, theirs = (files.load(folder / name) for folder in (some, other))
+    for name in (LAST, BEST):
+        ours, theirs = (content_of(folder / name) for folder in (some, other))
         for content in (ours, theirs):
             content.pop("args")
         found += [f"{name}{where}" for where in differences(ours, theirs)]
@@ -319,11 +322,17 @@ def differing_curves(some: Path, other: Path) -> list[str]:
 
 def differences(some: Any, other: Any, at: str = "") -> list[str]:
     """Where two checkpoints' contents differ, to the bit."""
+    import torch
+
     if isinstance(some, dict) and isinstance(other, dict) and some.keys() == other.keys():
         return [found for key in some for found in differences(some[key], other[key], f"{at}/{key}")]
     if isinstance(some, (list, tuple)) and isinstance(other, (list, tuple)) and len(some) == len(other):
         return [found for i, pair in enumerate(zip(some, other)) for found in differences(*pair, f"{at}/{i}")]
-    same = equal(some, other) if isinstance(some, Tensor) and isinstance(other, Tensor) else some == other
+    same = (
+        torch.equal(some, other)
+        if isinstance(some, torch.Tensor) and isinstance(other, torch.Tensor)
+        else some == other
+    )
     return [] if same else [at]
 
 

@@ -18,13 +18,9 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1]) if __name__ == "__main__" else sys.path[0]
 
-import torch  # noqa: E402
-
-from common import checkpoint  # noqa: E402
-from common.dist import is_main_before_start  # noqa: E402
-from common.errors import Leaving  # noqa: E402
-from common.files import replacing  # noqa: E402
-from common.train import run  # noqa: E402
+from common.errors import Leaving, is_main_before_start  # noqa: E402
+from common.folder import LAST, replacing  # noqa: E402
+from common.run import run  # noqa: E402
 
 JOB, STATUS = "job.json", "status.json"
 STATES = ("queued", "running", "stopped", "requeued", "done", "failed")
@@ -89,6 +85,8 @@ def carry_out(folder: Path) -> str | None:
 
 def is_memory(error: Exception) -> bool:
     """Whether an allocation failed, on a GPU or on the host."""
+    import torch
+
     of_host = ("not enough memory", "can't allocate memory")  # PyTorch's words
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in of_host)
 
@@ -100,7 +98,7 @@ def begin(folder: Path, most_idle_starts: int) -> None:
         Leaving: too many.
     """
     status = read(folder / STATUS)
-    files = list(folder.rglob(checkpoint.LAST))  # the Swin recipe makes folders of its own in it
+    files = list(folder.rglob(LAST))  # the Swin recipe makes folders of its own in it
     saved = max((file.stat().st_mtime_ns for file in files), default=0)
     idle = status.get("idle", -1) + 1 if status.get("saved", saved) == saved else 0
     starts = status.get("starts", 0) + 1

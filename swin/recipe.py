@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from functools import partial
 from typing import Any
 
-from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
-from torch import nn
-
-from common.recipe import Recipe, update_schedule
+from common.recipe import Recipe, late
 from swin import config
 
 MODEL = "swin_tiny_patch4_window7_224"
@@ -100,25 +96,6 @@ def check(args: argparse.Namespace) -> None:
         args.output_dir = os.path.join(args.output_dir, args.model, args.tag)
 
 
-def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
-    model = SwinTransformer(
-        img_size=args.input_size,
-        patch_size=args.patch_size,
-        in_chans=args.in_chans,
-        num_classes=classes,
-        embed_dim=args.embed_dim,
-        depths=tuple(args.depths),
-        num_heads=tuple(args.num_heads),
-        window_size=args.window_size,
-        mlp_ratio=args.mlp_ratio,
-        qkv_bias=args.qkv_bias,
-        proj_drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-    )
-    model.set_grad_checkpointing(args.use_checkpoint)
-    return model
-
-
 def from_files(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of `--cfg` and `--opts`, which alone give a Swin its shape and name."""
     if args.model != MODEL:
@@ -154,11 +131,11 @@ RECIPE = Recipe(
     },
     variants=VARIANTS,
     digits=DIGITS,
-    create_model=create_model,
+    create_model=late("swin.models:create_model"),
     add_flags=add_flags,
     check=check,
     from_files=from_files,
-    adapt_weights=checkpoint_filter_fn,
+    adapt_weights=late("timm.models.swin_transformer:checkpoint_filter_fn"),
     scale_lr=scale_lr,
-    schedule=partial(update_schedule, prefix=False),
+    schedule=late("common.optim:update_schedule", prefix=False),
 )

@@ -22,6 +22,8 @@ import torch
 
 from common import checkpoint, engine, files, log, train
 from common.augsub import AugSub
+from common.folder import CURVES, LOG
+from common.run import run
 from deit.recipe import RECIPE
 
 
@@ -67,7 +69,7 @@ def half_a_line(calls: int) -> None:
     def deadly(self: Any, entry: dict[str, Any]) -> None:
         left[0] -= 1
         if left[0] == 0:
-            with open(self.folder / log.LOG, "a") as file:
+            with open(self.folder / LOG, "a") as file:
                 file.write(json.dumps(entry)[:37])
             killed()
         plain(self, entry)
@@ -84,7 +86,7 @@ def half_a_curve(calls: int) -> None:
         left[0] -= 1
         if left[0] == 0:
             self.curves.flush()
-            newest = max((self.folder / log.CURVES).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+            newest = max((self.folder / CURVES).iterdir(), key=lambda path: path.stat().st_mtime_ns)
             os.truncate(newest, newest.stat().st_size - 9)
             killed()
 
@@ -159,7 +161,7 @@ def start(moment: str, draw: random.Random, flags: list[str]) -> None:
     try:
         if moment:
             MOMENTS[moment](draw)
-        train.run(RECIPE, flags)
+        run(RECIPE, flags)
         status = 0
     except SystemExit as leaving:
         status = int(leaving.code or 0)

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common import files, train
 from common.dist import Process
 from common.engine import Trainer
+from common.run import run
 from deit.recipe import RECIPE
 from scripts.soak import differences
 
@@ -28,7 +29,7 @@ ALONE = Process(torch.device("cpu"))
 
 def start(*flags: str) -> None:
     """Runs the recipe in this process."""
-    train.run(RECIPE, [*FLAGS, *flags])
+    run(RECIPE, [*FLAGS, *flags])
 
 
 def refused(capsys, *flags: str, status: int = 2) -> str:

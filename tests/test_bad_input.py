@@ -32,8 +32,8 @@ def test_two_processes_train_and_a_nan_on_one_stops_both(jpegs, tmp_path):
 import dataclasses, os, sys
 sys.path[0] = {str(ROOT)!r}
 import torch
-from common.recipe import classification_loss
-from common.train import run
+from common.optim import classification_loss
+from common.run import run
 from deit.recipe import RECIPE
 
 calls = 0
@@ -217,7 +217,7 @@ def test_what_one_process_alone_finds_is_told(jpegs, tmp_path):
 import os, sys
 sys.path[0] = {str(ROOT)!r}
 from common import engine, errors, prepare
-from common.train import run
+from common.run import run
 from deit.recipe import RECIPE
 
 where, second = sys.argv.pop(1), os.environ["RANK"] == "1"

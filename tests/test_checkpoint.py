@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from common import checkpoint, files
+from common import checkpoint, files, folder
 from deit.models import adapt_weights
 from tests.conftest import image, reference, tensor_for
 
@@ -51,7 +51,7 @@ def test_what_was_saved_comes_back(saved):
 
 @pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt])
 def test_a_save_that_fails_midway_leaves_the_one_before(failure, saved):
-    with pytest.raises(failure), files.replacing(saved) as file:
+    with pytest.raises(failure), folder.replacing(saved) as file:
         file.write(b"half of it")
         file.flush()
         raise failure
@@ -121,7 +121,7 @@ def test_keep_as_is_another_file_that_a_new_save_does_not_touch(links, tmp_path,
         monkeypatch.setattr(os, "link", refuse)
     (tmp_path / "best.pth").write_text("an earlier best")
     checkpoint.save(tmp_path / "last.pth", state(1.0))
-    files.keep_as(tmp_path / "last.pth", tmp_path / "best.pth")
+    folder.keep_as(tmp_path / "last.pth", tmp_path / "best.pth")
     assert (tmp_path / "last.pth").samefile(tmp_path / "best.pth") is links
     checkpoint.save(tmp_path / "last.pth", state(2.0))
     assert files.load(tmp_path / "best.pth")["model"]["weight"][0] == 1

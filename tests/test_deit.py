@@ -17,8 +17,8 @@ from common.args import parse
 from common.augsub import AugSub
 from common.dist import Process
 from common.loader import training_loader
+from common.optim import create_optimizer
 from common.prepare import create_model
-from common.recipe import create_optimizer
 from deit.models import adapt_weights
 from deit.recipe import RECIPE, VARIANTS
 from tests.conftest import ROOT, image, reference, tensor_for

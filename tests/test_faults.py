@@ -312,7 +312,9 @@ def test_a_loader_that_is_killed_ends_the_run_with_one_sentence(finished, tmp_pa
 def test_two_runs_in_one_folder_do_not_mix(finished, tmp_path, capsys, monkeypatch):
     """The second waits a while, and is then refused, or goes on where the first has ended."""
     flags = [*finished[0], "--output-dir", str(tmp_path / "out")]
-    held = "from common import files; import pathlib, sys, time; f = files.lock(pathlib.Path(sys.argv[1]), 0, print); "
+    held = (
+        "from common import folder; import pathlib, sys, time; f = folder.lock(pathlib.Path(sys.argv[1]), 0, print); "
+    )
     (tmp_path / "out").mkdir()
     other = subprocess.Popen(
         [sys.executable, "-c", f"{held} print('held', flush=True); time.sleep(60)", str(tmp_path / "out" / ".running")],

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import checkpoint
 from common.args import parse
+from common.optim import create_optimizer
 from common.prepare import create_model
-from common.recipe import create_optimizer
 from mae.models import adapt_weights
 from mae.recipe import RECIPE, VARIANTS
 from tests.conftest import ROOT, image, reference, tensor_for

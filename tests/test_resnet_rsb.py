@@ -15,6 +15,7 @@ from common.args import parse
 from common.augsub import AugSub
 from common.dist import Process
 from common.loader import training_loader
+from common.run import run
 from resnet_rsb.recipe import RECIPE, VARIANTS
 from tests.conftest import ROOT, image, reference, tensor_for
 from tests.golden import check_golden
@@ -132,7 +133,7 @@ def test_any_timm_model_trains_with_the_mask_that_suits_it(name, mask, jpegs, ca
 
 def test_dropout_on_a_resnet_is_refused(capsys):
     with pytest.raises(SystemExit) as leaving:
-        train.run(RECIPE, ["--augsub", "dropout"])
+        run(RECIPE, ["--augsub", "dropout"])
     assert leaving.value.code == 2
     assert "ResNet has no place for dropout: it offers masking, droppath" in capsys.readouterr().err
 
@@ -151,7 +152,7 @@ def test_summary_and_the_best_checkpoints_are_kept(jpegs, tmp_path):
     flags = [str(jpegs()), "--model", "test_resnet", "--img-size", "32", "--batch-size", "8", "--workers", "0", "--amp",
              "off", "--output", str(tmp_path / "o"), "--epochs", "4", "--warmup-epochs", "0", "--checkpoint-hist", "2",
              "--lr", "1e-3", "--opt", "adamw"]  # fmt: skip
-    train.run(RECIPE, flags)
+    run(RECIPE, flags)
     rows = (tmp_path / "o" / "summary.csv").read_text().splitlines()
     assert rows[0] == "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr"
     accuracy = {int(row.split(",")[0]): float(row.split(",")[3]) for row in rows[1:]}

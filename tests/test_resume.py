@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from common import checkpoint, files, resume, train
+from common import checkpoint, resume, train
 from deit.recipe import RECIPE
 from tests.conftest import ROOT, command, environment, run, shard_flags
 from tests.runs import (
@@ -134,7 +134,7 @@ def test_a_run_killed_between_its_two_files_has_both_in_the_end(finished, tmp_pa
 
     best = int(final(out)["best"]["epoch"])
     with monkeypatch.context() as patch:
-        keep_as = files.keep_as
+        keep_as = train.keep_as
         calls: list = []
         patch.setattr(
             train, "keep_as", lambda *paths: (calls.append(0), (killed if len(calls) > best else keep_as)(*paths))
@@ -272,7 +272,7 @@ def test_two_processes_that_are_asked_to_stop_go_on_to_the_same_bits(jpegs, tmp_
 import os, signal, sys
 sys.path[0] = {str(ROOT)!r}
 from common.engine import Trainer
-from common.train import run
+from common.run import run
 from resnet_rsb.recipe import RECIPE
 
 update, done = Trainer.update, []
@@ -308,7 +308,7 @@ def test_asked_a_second_time_a_run_leaves_at_once(number, jpegs, tmp_path):
 import sys, time
 sys.path[0] = {str(ROOT)!r}
 from common.engine import Trainer
-from common.train import run
+from common.run import run
 from deit.recipe import RECIPE
 
 def hang(trainer):

@@ -16,6 +16,7 @@ from common.args import parse
 from common.augsub import AugSub
 from common.dist import Process
 from common.prepare import create_model
+from common.run import run
 from swin.config import KEYS
 from swin.recipe import RECIPE, VARIANTS
 from tests.conftest import ROOT, image, reference, tensor_for
@@ -237,7 +238,7 @@ def test_ours_loads_into_stock_timm_and_resumes_with_the_mask_token(tmp_path, ca
     shape = {"embed_dim": 48, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "patch_size": 4,
              "img_size": 32, "num_classes": 10}  # fmt: skip
     flags = [*DIGITS, "--augsub", "masking", "--output", str(tmp_path), "--tag", "t"]
-    train.run(RECIPE, flags)
+    run(RECIPE, flags)
     path = tmp_path / "swin_pico_patch4_window4_32" / "t" / "checkpoint.pth"
     stock = timm.create_model("swin_tiny_patch4_window7_224", checkpoint_path=str(path), **shape)
     content = files.load(path)
@@ -249,7 +250,7 @@ def test_ours_loads_into_stock_timm_and_resumes_with_the_mask_token(tmp_path, ca
 
 def test_throughput_is_printed_and_nothing_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train.run(RECIPE, ["--throughput", "--batch-size", "4"])
+    run(RECIPE, ["--throughput", "--batch-size", "4"])
     assert "images/s in batches of 6" in capsys.readouterr().out
     assert list(Path().iterdir()) == []
 
