@@ -143,6 +143,9 @@ def create_trainer(
     augsub = AugSub(model, args.augsub, args.augsub_ratio, block=args.augsub_block, batch_norm=args.augsub_bn)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(process.device).to(memory_format=memory_format)
+    dtype = autocast_dtype(args.amp, process.device)
+    if process.device.type == "cpu" and dtype is torch.bfloat16:
+        use_plain_attention(model)
     check_images(model, args, process.device)
     check_mask(augsub, model, args)
     ema = None
@@ -152,7 +155,6 @@ def create_trainer(
     optimizer = create_optimizer(recipe, model, in_force)
     mixup = create_mixup(args, classes)
     joint = join(augsub, model) if args.augsub_joint and training else None
-    dtype = autocast_dtype(args.amp, process.device)
     return Trainer(
         process=process,
         model=wrapped(joint or model, args, process),
@@ -253,14 +255,24 @@ def use_deterministic_kernels() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def use_plain_attention(model: nn.Module) -> None:
+    """Has timm's attention multiply matrices in the open: PyTorch's fused kernel for the CPU spends 2.5 times as long
+    in bfloat16, a sixth of a step of ViT-S, for want of bf16 instructions in its backward pass."""
+    for module in model.modules():
+        if getattr(module, "fused_attn", False):
+            module.fused_attn = False  # type: ignore[assignment]
+
+
 def autocast_dtype(amp: str | None, device: torch.device) -> torch.dtype | None:
     """dtype of mixed precision; by default bfloat16 where the hardware is faster in it, else none."""
     if amp is None:
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            # with AVX-512's bf16 instructions alone, a step of ViT-S takes 1.7 times as long as in float32
-            native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_amx_tile_supported()
+            # AVX-512's bf16 instructions alone do it on AMD's processors; on Intel's a step of ViT-S takes 1.7 times
+            # as long as in float32 with them, and AMX is needed
+            able = torch.cpu._is_amx_tile_supported() or "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
+            native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and able
         amp = "bf16" if native else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 

@@ -89,6 +89,7 @@ RECIPE = Recipe(
         "train_interpolation": "random",
         "color_jitter": 0.4,
         "num_workers": min(4, os.cpu_count() or 1),
+        "channels_last": True,  # a tenth faster in float32 on a CPU, with the same arithmetic in another order
         "seed": 42,
     },
     variants=VARIANTS,

@@ -26,7 +26,18 @@ FLAGS = {
     "deit": ["--drop-path", "0.1", "--ThreeAugment", "--color-jitter", "0.3", "--mixup", "0.8"],
     "mae": ["--drop-path", "0.1", "--layer-decay", "0.75", "--accum-iter", "2", "--mixup", "0.8"],
     "swin": ["--drop-path", "0.1", "--mixup", "0.8", "--cutmix", "1.0"],
-    "resnet_rsb": ["--drop-path", "0.05", "--mixup", "0.1", "--aug-repeats", "3", "--aa", "rand-m7-mstd0.5"],
+    # in the memory format that they were written in, since batch norm and LAMB let another order of sums grow
+    "resnet_rsb": [
+        "--drop-path",
+        "0.05",
+        "--mixup",
+        "0.1",
+        "--aug-repeats",
+        "3",
+        "--aa",
+        "rand-m7-mstd0.5",
+        "--no-channels-last",
+    ],
 }
 
 

@@ -69,9 +69,24 @@ def test_variant_is_upstreams_command_line(variant):
 
 def test_upstreams_defaults():
     args = parse(RECIPE, ["x"])
-    expected = {"warmup_lr": 1e-4, "min_lr": 1e-6, "hflip": 0.5, "train_interpolation": "random", "channels_last": False,
+    expected = {"warmup_lr": 1e-4, "min_lr": 1e-6, "hflip": 0.5, "train_interpolation": "random",
                 "seed": 42, "num_workers": min(4, os.cpu_count() or 1), "model_ema": False, "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_the_memory_format_changes_speed_alone():
+    losses = []
+    for flag, layout in (("--channels-last", torch.channels_last), ("--no-channels-last", torch.contiguous_format)):
+        flags = ["--augsub", "masking", "--batch-size", "8", "--amp", "off", "--output-dir", "", flag]
+        trainer = train.prepare(RECIPE, parse(RECIPE, flags), ALONE).trainer
+        assert trainer.memory_format is layout
+        assert trainer.bare.layer1[0].conv2.weight.is_contiguous(memory_format=layout)
+        torch.manual_seed(0)
+        images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+        trainer.bare.train()
+        losses.append([loss.item() for loss in trainer.augsub.losses(trainer.bare, images, labels, trainer.criterion)])
+    assert parse(RECIPE, []).channels_last
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_images_are_repeated_as_often_as_asked():

@@ -24,7 +24,7 @@ from common import train
 from common.args import parse
 from common.dist import Process
 from common.engine import Watch, evaluate, train_one_epoch
-from common.prepare import Job
+from common.prepare import Job, autocast_dtype
 from deit.recipe import RECIPE
 from tests.conftest import ROOT, command, environment, run
 from tests.runs import (
@@ -286,7 +286,20 @@ def test_the_precision_that_is_asked_for_computes(jpegs):
         seen[amp] = kinds
         assert job.trainer.scaler.is_enabled() == (amp == "fp16")
         assert all(p.dtype is torch.float32 and p.grad is None for p in job.model.parameters())
+        assert {block.attn.fused_attn for block in job.model.blocks} == {amp != "bf16"}
     assert seen == {"bf16": [torch.bfloat16], "fp16": [torch.float16], "off": [torch.float32]}
+
+
+@pytest.mark.parametrize(("processor", "instructions", "amx", "expected"), [
+    ("AMD EPYC", True, False, torch.bfloat16), ("AMD EPYC", False, False, None), ("Intel(R) Xeon(R)", True, False, None),
+    ("Intel(R) Xeon(R)", True, True, torch.bfloat16),
+])  # fmt: skip
+def test_bf16_is_the_default_where_a_processor_is_faster_in_it(processor, instructions, amx, expected, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": processor})
+    assert autocast_dtype(None, torch.device("cpu")) is expected
+    assert autocast_dtype("off", torch.device("cpu")) is None
 
 
 def test_compiled_training_equals_eager(jpegs):
