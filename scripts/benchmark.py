@@ -4,11 +4,14 @@
     python scripts/benchmark.py step --model swin_tiny_patch4_window7_224 --augsub none,masking --reference
     python scripts/benchmark.py data
     python scripts/benchmark.py end-to-end resnet_rsb --variant resnet50 --data-path /data/imagenet
+    python scripts/benchmark.py growth deit --variant small_400 --plot growth.png
 
 step        a training step: images/s, where its time goes, memory, arithmetic, what is sent between processes
 data        images/s that a core makes of JPEGs, for the recipes' augmentations
 end-to-end  a short real training with loader processes: images/s, and the share of time spent waiting for data
 save        a checkpoint written while training goes on: for how long a step waits, beside what a step takes
+growth      time per image over batch size, image size, model size and number of processes, beside what the arithmetic
+            alone would take; with one thread, and no images mixed, unless flags say otherwise
 
 The first word after the command is a recipe (deit). Flags are those of its trainer, --variant and --model among them,
 and without either its small model for the digits is measured; --augsub takes several drops, with commas between them:
@@ -45,11 +48,12 @@ from common.engine import StopTraining  # noqa: E402
 from common.prepare import check_targets, settings  # noqa: E402
 from common.recipe import Recipe  # noqa: E402
 from scripts import pipelines, plan, timing  # noqa: E402
+from scripts.figures import aligned, shown, spread  # noqa: E402
 from scripts.table import RECIPES  # noqa: E402
 
 NAMES = {"none": "plain", "masking": "AugMask", "dropout": "AugDrop", "droppath": "AugPath"}
 JOINT = "-joint"
-COMMANDS = ("step", "data", "end-to-end", "save")
+COMMANDS = ("step", "data", "end-to-end", "save", "growth")
 DATA_ROWS = {"deit": "small_400", "mae": "base_100", "swin": "tiny", "resnet_rsb": "resnet50"}
 
 
@@ -57,7 +61,7 @@ def main() -> None:
     """Measures what is asked for; ends with status 2 and one sentence on bad input."""
     command, recipe, flags = opening(sys.argv[1:])
     try:
-        {"step": step, "data": data, "end-to-end": end_to_end, "save": save}[command](recipe, flags)
+        {"step": step, "data": data, "end-to-end": end_to_end, "save": save, "growth": growth}[command](recipe, flags)
     except ValueError as error:
         leave(str(error))
     except StopTraining as stop:
@@ -93,6 +97,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--communication", action="store_true", help="step: count what two processes send, in two real ones")
     add("--profile", action="store_true", help="step: count how often the host waits for the device between log lines")
     add("--images", type=count, default=256, help="data: images in a turn; end-to-end: in an epoch, which is a turn")
+    add("--batch-sizes", type=counts, default=None, metavar="N,N", help="growth: images of a process; 1,2,4,8,16")
+    add("--image-sizes", type=counts, default=None, metavar="N,N", help="growth: pixels a side; around --input-size")
+    add("--models", type=names, default=None, metavar="NAME,NAME", help="growth: models or variants; the recipe's own")
+    add("--processes", type=counts, default=[1, 2], metavar="N,N", help="growth: processes that train together")
+    add("--plot", default=None, metavar="FILE", help="growth: draw the figure here, as .png, .svg or .pdf")
+
+
+def names(value: str) -> list[str]:
+    """Names with commas between them, each once."""
+    if not all(value.split(",")):
+        raise argparse.ArgumentTypeError(f"{value!r}: names with commas between them are needed")
+    return list(dict.fromkeys(value.split(",")))
+
+
+def counts(value: str) -> list[int]:
+    """Numbers of at least 1 with commas between them, in order, each once."""
+    return sorted({count(number) for number in value.split(",")})
 
 
 def count(value: str) -> int:
@@ -225,19 +246,6 @@ def compare(figures: list[dict[str, Any]], seconds: list[list[float]], cpu: list
             mine["cpu_speed_over_reference"] = spread([b / a for a, b in zip(worked, cpu[against[0]])])
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of a sample."""
-    low, high = values[0], values[0]
-    if len(values) > 1:
-        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": statistics.median(values), "quartile_1": low, "quartile_3": high}
-
-
-def shown(value: dict[str, float], digits: int = 0) -> str:
-    """Median ± half the distance of the quartiles."""
-    return f"{value['median']:.{digits}f} ± {(value['quartile_3'] - value['quartile_1']) / 2:.{digits}f}"
-
-
 def short(figure: dict[str, Any]) -> str:
     """The name of a mode as the tables have it."""
     return str(figure["name"]).replace("reference", "ref.")
@@ -281,13 +289,6 @@ def table_of_work(figures: list[dict[str, Any]]) -> str:
     if f["communication"] is None:
         note += f"; one process sends nothing, several {f['gradient_bytes'] / 1e6:.1f} MB each"
     return aligned([head, *rows]) + f"\n{note}"
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """A table of text, its first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    padded = ([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in rows)
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def data(recipe: Recipe, flags: Sequence[str]) -> None:
@@ -383,6 +384,24 @@ def save(recipe: Recipe, flags: Sequence[str]) -> None:
         times = [shown(f[name], 2) for name in ("step", "stall", "write", "step_beside")]
         lines.append([f["name"], f"{f['parameters'] / 1e6:.1f}M", f"{f['bytes'] / 1e6:,.1f} MB", *times])
     print(aligned([head, *lines]))
+
+
+def growth(recipe: Recipe, flags: Sequence[str]) -> None:
+    """Time per image over four things that grow."""
+    from scripts.draw import draw
+    from scripts.growth import measured, sweeps_of, table_of
+
+    args, sweeps = sweeps_of(recipe, flags, modes_of)
+    with started(args.device) as process:
+        figures = [measured(recipe, sweep, process) for sweep in sweeps]
+        report(recipe, args, process, "growth", model_of(recipe, args), figures)
+    print(*map(table_of, figures), sep="\n\n")
+    if args.plot is not None:
+        on = timing.machine(process.device)
+        where = on["gpu"] or f"{on['cpu']}, {on['threads']} thread{'s' * (on['threads'] > 1)} a process"
+        dtype = figures[0]["points"][0]["figures"][0]["dtype"]
+        what = f"{model_of(recipe, args)}, {dtype}; {where}; medians and quartiles of {args.rounds} turns"
+        draw(Path(args.plot), figures, what)
 
 
 def model_of(recipe: Recipe, args: argparse.Namespace) -> str:

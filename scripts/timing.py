@@ -113,9 +113,9 @@ def fused_attention(on: bool) -> Iterator[None]:
         set_fused_attn(before)
 
 
-def random_batches(args: argparse.Namespace, device: torch.device, count: int = 2) -> list[Batch]:
+def random_batches(args: argparse.Namespace, device: torch.device, count: int = 2, seed: int = 0) -> list[Batch]:
     """Batches of standard normal images on the host, as the loader gives them."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     found: list[Batch] = []
     for _ in range(count):
         images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, generator=draw)
@@ -239,15 +239,21 @@ class Subject:
 
 
 def prepare_subject(recipe: Recipe, mode: Mode, process: Process, warmup: int) -> Subject:
-    """Builds a mode, warms it up (a compiled model is compiled here) and measures its memory."""
-    device = process.device
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    """Builds a mode, warms it up and measures its memory."""
+    before = torch.cuda.memory_allocated(process.device) if process.device.type == "cuda" else 0
+    subject = warm_subject(recipe, mode, process, warmup)
+    subject.peak = peak_memory(subject, before)
+    return subject
+
+
+def warm_subject(recipe: Recipe, mode: Mode, process: Process, warmup: int) -> Subject:
+    """Builds a mode and warms it up (a compiled model is compiled here). Each process has images of its own."""
     trainer = build(recipe, mode, process)
     trainer.bare.train(trainer.train_mode)
-    subject = Subject(mode, trainer, random_batches(mode.args, device), Stopwatch(trainer))
+    batches = random_batches(mode.args, process.device, seed=process.rank)
+    subject = Subject(mode, trainer, batches, Stopwatch(trainer))
     for _ in range(max(1, warmup)):
         subject.step()
-    subject.peak = peak_memory(subject, before)
     return subject
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from common.args import parse
 from common.dist import Process
-from scripts import plan, timing
+from common.errors import StopTraining
+from scripts import benchmark, growth, plan, team, timing
+from scripts.draw import draw
+from scripts.figures import short
 from scripts.table import RECIPES
 from tests.conftest import make_jpegs, run
 
@@ -166,6 +172,192 @@ def test_a_checkpoint_is_written_beside_training(tmp_path):
     assert figure["stall"]["median"] < figure["write"]["median"] and "s a step waits" in printed
 
 
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """All four sweeps of DeiT's digits model → the JSON, what was printed, the figure's file."""
+    folder = tmp_path_factory.mktemp("grown")
+    words = ["growth", "deit", "--batch-size", "2", "--batch-sizes", "2,1", "--image-sizes", "16,32", "--models",
+             "deit_pico_patch8_LS,test_vit", "--rounds", "2", "--warmup", "1", "--plot", "figure.png"]  # fmt: skip
+    return *measured(folder, *words), folder / "figure.png"
+
+
+def points(grown) -> dict[str, list[dict[str, Any]]]:
+    return {sweep["name"]: sweep["points"] for sweep in grown[0]["figures"]}
+
+
+def test_growth_has_every_point_of_every_sweep_and_fits_the_terminal(grown):
+    entry, printed, _ = grown
+    assert entry["benchmark"] == "growth" and entry["rounds"] == 2 and entry["machine"]["threads"] == 1
+    assert {name: [point["at"] for point in own] for name, own in points(grown).items()} == {
+        "batch size": [1, 2],
+        "image size": [16, 32],
+        "model size": ["deit_pico_patch8_LS", "test_vit"],
+        "processes": [1, 2],
+    }
+    for name, own in points(grown).items():
+        assert name in printed
+        for point in own:
+            assert [figure["name"] for figure in point["figures"]] == ["plain", "AugMask"]
+            for figure in point["figures"]:
+                assert figure["dtype"] == "float32"
+                for spread in (figure["ms_per_image"], figure["cpu_ms_per_image"], figure["to_first"]):
+                    assert 0 < spread["quartile_1"] <= spread["median"] <= spread["quartile_3"]
+                parts = sum(part["median"] for part in figure["ms"].values())  # of two turns, so the mean
+                assert parts == pytest.approx(figure["ms_per_image"]["median"])
+    assert max(map(len, printed.splitlines()[1:])) <= 80
+
+
+def test_growth_sets_what_the_points_are_named_for(grown):
+    for name, setting in (("batch size", "batch_size"), ("image size", "input_size"), ("model size", "model"),
+                          ("processes", "processes")):  # fmt: skip
+        for point in points(grown)[name]:
+            rest = {"batch_size": 2, "input_size": 32, "model": "deit_pico_patch8_LS", "processes": 1}
+            assert {key: point[key] for key in rest} == rest | {setting: point["at"]}
+
+
+def pico_multiply_adds(side: int, tokens: int) -> int:
+    """A forward pass of DeiT's digits model with so many tokens in its blocks, by hand: 4 blocks of 64 channels with
+    query, key, value, two products of attention, projection and an MLP of 256; patches of 8 pixels, 10 classes."""
+    block = tokens * 64 * (3 * 64) + 2 * tokens**2 * 64 + tokens * 64 * 64 + 2 * tokens * 64 * 256
+    return (side // 8) ** 2 * (3 * 8 * 8) * 64 + 4 * block + 64 * 10
+
+
+def test_arithmetic_of_growth_is_that_counted_by_hand(grown):
+    whole: dict[str, dict[int, float]] = {"plain": {}, "AugMask": {}}
+    for point in points(grown)["image size"]:
+        side, patches = point["at"], (point["at"] // 8) ** 2
+        main, sub = pico_multiply_adds(side, patches + 1), pico_multiply_adds(side, patches // 2 + 1)
+        plain, masked = point["figures"]
+        assert plain["multiply_adds"] == {"main": main, "sub": 0}
+        assert masked["multiply_adds"] == {"main": main, "sub": sub}
+        whole["plain"][side], whole["AugMask"][side] = main, main + sub
+    small, large = (point["figures"] for point in points(grown)["image size"])
+    for before, after in zip(small, large):
+        assert after["arithmetic_ms"] == pytest.approx(after["ms_per_image"]["median"])
+        ratio = whole[after["name"]][32] / whole[after["name"]][16]
+        assert after["arithmetic_ms"] / before["arithmetic_ms"] == pytest.approx(ratio)
+    for one, two in zip(*(point["figures"] for point in points(grown)["batch size"])):
+        assert one["arithmetic_ms"] == two["arithmetic_ms"] == two["ms_per_image"]["median"]
+
+
+def test_two_processes_are_real_and_share_their_gradients(grown):
+    """They have different images, so their weights would differ without; and the first has those of the process that
+    is alone, so that its weights would be that one's."""
+    one, two = points(grown)["processes"]
+    assert one["world_size"] == [1] and two["world_size"] == [2, 2]
+    assert len({*one["pids"], *two["pids"]}) == 3
+    for alone, first, second in zip(*one["weights"], *two["weights"]):
+        assert first == second and first != pytest.approx(alone, rel=1e-9)
+    for before, after in zip(one["figures"], two["figures"]):
+        assert after["arithmetic_ms"] == pytest.approx(before["ms_per_image"]["median"] / 2)
+
+
+def test_growth_is_drawn(grown):
+    with Image.open(grown[2]) as image:
+        assert image.format == "PNG" and image.size == (1800, 1400)
+        colours = {colour[:3] for _, colour in image.getcolors(1 << 24)}
+    assert {(0, 114, 178), (213, 94, 0), (255, 255, 255)} <= colours
+    assert {path.name for path in grown[2].parent.iterdir()} == {"figures.json", "figure.png"}
+
+
+def test_growth_is_drawn_as_its_name_ends_or_not_at_all(grown, tmp_path):
+    draw(tmp_path / "figure.svg", grown[0]["figures"], "deit")
+    text = (tmp_path / "figure.svg").read_text()
+    for word in ("AugMask", "pixels a side", "test_vit", "ms per image"):
+        assert f"<!-- {word} -->" in text
+    with pytest.raises(ValueError, match=r"--plot .*nowhere/figure.svg: not writable"):
+        draw(tmp_path / "nowhere" / "figure.svg", grown[0]["figures"], "deit")
+    assert [path.name for path in tmp_path.iterdir()] == ["figure.svg"]
+
+
+def test_names_are_shown_by_what_tells_them_apart():
+    assert short(["deit_tiny_patch16_LS", "deit_small_patch16_LS"]) == ["tiny", "small"]
+    assert short(["resnet18", "resnet50"]) == ["resnet18", "resnet50"] and short(["a_b"]) == ["a_b"]
+    assert short(["a_b", "a_b_c"]) == ["b", "b_c"]
+
+
+def test_every_point_has_a_turn_in_each_round():
+    played: list[tuple[int, int]] = []
+    cells = [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+    def play(cell):
+        played.append(cell)
+        return {}, float(len(played))
+
+    turns = growth.take_turns("batch size", cells, 3, play)
+    assert played == [*cells, *cells[1:], cells[0], *cells[2:], *cells[:2]]
+    assert turns[1, 0] == [({}, 3.0), ({}, 6.0), ({}, 9.0)]
+
+
+@pytest.mark.parametrize("share", [growth.SHARE, 0.0])
+def test_models_that_do_not_fit_into_memory_together_are_built_anew(share, monkeypatch):
+    monkeypatch.setattr(growth, "SHARE", share)
+    flags = ["--augsub", "none", "--batch-sizes", "1,2", "--warmup", "1", "--processes", "1"]
+    _, sweeps = growth.sweeps_of(RECIPES["deit"], flags, benchmark.modes_of)
+    player = growth.Player(RECIPES["deit"], sweeps[0], Process(torch.device("cpu")))
+    built: list[Any] = []
+    warm = timing.warm_subject
+
+    def noted(*words: Any) -> timing.Subject:
+        subject = warm(*words)
+        built.append(weakref.ref(subject.trainer.bare))
+        return subject
+
+    monkeypatch.setattr(timing, "warm_subject", noted)
+    for cell in [(0, 0), (1, 0)] * 2:
+        parts, cpu = player(cell)
+        assert sum(parts.values()) > 0 and cpu > 0
+    assert [model() is not None for model in built] == ([True] * 2 if share else [False] * 4)
+    player.release()
+    assert not any(model() is not None for model in built)
+
+
+def test_a_process_that_dies_ends_the_measurement():
+    flags = ["--augsub", "none", "--batch-sizes", "1", "--warmup", "1", "--processes", "2"]
+    _, sweeps = growth.sweeps_of(RECIPES["deit"], flags, benchmark.modes_of)
+    gang = team.Team("deit", sweeps[-1].points[0].modes, 2, "cpu")
+    try:
+        assert gang.turn(0)[1] > 0
+        gang.members[1].kill()
+        gang.members[1].join()
+        with pytest.raises(StopTraining, match="one of 2 processes"):
+            gang.turn(0)
+        assert not any(member.is_alive() for member in gang.members)
+    finally:
+        gang.end()
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["--models", "vit_smal_patch16_224"], "model size vit_smal_patch16_224: unknown model 'vit_smal_patch16_224': did you"),
+    (["--image-sizes", "32,4"], "image size 4: --input-size 4 is none that --model deit_pico_patch8_LS takes"),
+    (["--image-sizes", "8"], "image size 8: --input-size 8 is one patch of deit_pico_patch8_LS, so masking would hide no"),
+    (["--processes", "0"], "argument --processes: '0': a whole number of at least 1 is needed"),
+    (["--batch-sizes", "1,two"], "argument --batch-sizes: 'two': a whole number of at least 1 is needed"),
+    (["--batch-sizes", "1,2", "--mixup", "0.8"], "--batch-size 1: mixup pairs images, so it must be even"),
+    (["--models", "deit_pico_patch8_LS,"], "argument --models: 'deit_pico_patch8_LS,': names with commas"),
+    (["--plot", "figure"], "--plot figure: a name that ends in .pdf, .png, .svg is needed"),
+    (["--plot", "nowhere/figure.png"], "--plot nowhere/figure.png: not writable (No such file or directory)"),
+    (["--json", "/proc/figures.json"], "--json /proc/figures.json: not writable"),
+    (["--plot", "folder.png"], "--plot folder.png: not writable (it is a folder)"),
+    (["--plot", "nomatplotlib.png"], "--plot needs matplotlib: pip install"),
+    (["resnet_rsb", "--batch-sizes", "1"], "batch size 1: Expected more than 1 value per channel when training"),
+    (["swin", "--models", "vit_tiny_patch16_224"], "--model vit_tiny_patch16_224: --cfg or --variant says which Swin"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_growth_refuses_bad_input_before_it_measures(words, sentence, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "growth", *words])
+    monkeypatch.setattr(growth, "measured", lambda *_: pytest.fail("it measures"))
+    if "nomatplotlib.png" in words:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as leaving:
+        benchmark.main()
+    error = capsys.readouterr().err
+    assert leaving.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("benchmark.py: error: ") and sentence in error
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
 @pytest.mark.parametrize(("words", "sentence"), [
     (["step", "--model", "vit_smal_patch16_224"], "unknown model 'vit_smal_patch16_224': did you mean vit_small"),
     (["step", "resnet_rsb", "--augsub", "none,dropout"], "ResNet has no place for dropout: it offers masking, droppath"),
@@ -177,8 +369,6 @@ def test_a_checkpoint_is_written_beside_training(tmp_path):
     (["end-to-end", "--batch-size", "200"], "--images 256 are fewer than two batches"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_bad_input_ends_with_one_sentence(words, sentence, monkeypatch, capsys):
-    from scripts import benchmark
-
     monkeypatch.setattr("sys.argv", ["benchmark.py", *words])
     with pytest.raises(SystemExit) as leaving:
         benchmark.main()
