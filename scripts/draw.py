@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from common.files import replacing
+from common.folder import replacing
 from scripts.figures import short
 
 # Okabe and Ito's colours, which people with any colour vision tell apart, with markers that tell them apart in grey

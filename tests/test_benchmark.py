@@ -19,6 +19,7 @@ from common.errors import StopTraining
 from scripts import benchmark, growth, plan, team, timing
 from scripts.draw import draw
 from scripts.figures import short
+from scripts.measure import modes_of
 from scripts.table import RECIPES
 from tests.conftest import make_jpegs, run
 
@@ -237,7 +238,7 @@ def test_arithmetic_of_growth_is_that_counted_by_hand(grown):
         ratio = whole[after["name"]][32] / whole[after["name"]][16]
         assert after["arithmetic_ms"] / before["arithmetic_ms"] == pytest.approx(ratio)
     for one, two in zip(*(point["figures"] for point in points(grown)["batch size"])):
-        assert one["arithmetic_ms"] == two["arithmetic_ms"] == two["ms_per_image"]["median"]
+        assert one["arithmetic_ms"] == two["arithmetic_ms"] == pytest.approx(two["ms_per_image"]["median"])
 
 
 def test_two_processes_are_real_and_share_their_gradients(grown):
@@ -293,7 +294,7 @@ def test_every_point_has_a_turn_in_each_round():
 def test_models_that_do_not_fit_into_memory_together_are_built_anew(share, monkeypatch):
     monkeypatch.setattr(growth, "SHARE", share)
     flags = ["--augsub", "none", "--batch-sizes", "1,2", "--warmup", "1", "--processes", "1"]
-    _, sweeps = growth.sweeps_of(RECIPES["deit"], flags, benchmark.modes_of)
+    _, sweeps = growth.sweeps_of(RECIPES["deit"], flags, modes_of)
     player = growth.Player(RECIPES["deit"], sweeps[0], Process(torch.device("cpu")))
     built: list[Any] = []
     warm = timing.warm_subject
@@ -314,7 +315,7 @@ def test_models_that_do_not_fit_into_memory_together_are_built_anew(share, monke
 
 def test_a_process_that_dies_ends_the_measurement():
     flags = ["--augsub", "none", "--batch-sizes", "1", "--warmup", "1", "--processes", "2"]
-    _, sweeps = growth.sweeps_of(RECIPES["deit"], flags, benchmark.modes_of)
+    _, sweeps = growth.sweeps_of(RECIPES["deit"], flags, modes_of)
     gang = team.Team("deit", sweeps[-1].points[0].modes, 2, "cpu")
     try:
         assert gang.turn(0)[1] > 0
@@ -375,3 +376,14 @@ def test_bad_input_ends_with_one_sentence(words, sentence, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert leaving.value.code == 2 and error.count("\n") == 1
     assert error.startswith("benchmark.py: error: ") and sentence in error
+
+
+def test_starts_are_timed_from_the_command_to_the_first_step(tmp_path, monkeypatch):
+    """One recipe's, each figure from processes of its own."""
+    from scripts import startup
+
+    (found,) = startup.measure_starts({"resnet_rsb": "resnet50"}, ["--model", "resnet10t", "--augsub", "masking"], 1)
+    (shortest,), (digits,), (photographs,) = (found.seconds[look] for look in startup.LOOKS)
+    assert 0 < shortest < min(digits, photographs), "PyTorch is imported before a step only"
+    with pytest.raises(ValueError, match=r"train.py ended before its first step: .*unknown flag --modell"):
+        startup.measure_starts({"resnet_rsb": "resnet50"}, ["--modell", "resnet10t"], 1)

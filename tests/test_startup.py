@@ -23,7 +23,7 @@ finally:
     heavy = {"torch", "torchvision", "timm", "numpy"} & sys.modules.keys()
     print("imported:", *sorted(heavy), file=sys.stderr)
 """
-TOOLS = ("submit", "reproduce", "collect", "soak", "compare_digits")
+TOOLS = ("submit", "reproduce", "collect", "soak", "compare_digits", "benchmark")
 
 
 def answer(entry: str, *flags: str) -> subprocess.CompletedProcess[str]:

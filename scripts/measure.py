@@ -1,0 +1,361 @@
+"""The benchmark's commands: each measures, prints a table, and writes its figures down."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.args import KINDS, Parser, hyphenated, parse
+from common.dist import Process, started
+from common.prepare import check_targets, settings
+from common.recipe import Recipe
+from scripts import pipelines, plan, timing
+from scripts.figures import aligned, shown, spread
+from scripts.options import add_flags, with_flags
+from scripts.startup import BATCH, LOOKS, measure_starts
+from scripts.table import RECIPES
+
+NAMES = {"none": "plain", "masking": "AugMask", "dropout": "AugDrop", "droppath": "AugPath"}
+JOINT = "-joint"
+ROWS = {"deit": "small_400", "mae": "base_100", "swin": "tiny", "resnet_rsb": "resnet50"}  # that stand for a recipe
+
+
+def modes_of(recipe: Recipe, flags: Sequence[str], data_path: str = "unseen") -> list[timing.Mode]:
+    """What the flags ask to compare, with the settings of each.
+
+    Args:
+        data_path: taken where the flags name none, but a variant or a model.
+    """
+    own = Parser(add_help=False, prog="benchmark.py")
+    own.add_argument("--augsub", default="none,masking")
+    first, rest = own.parse_known_args(list(flags))
+    kinds = list(dict.fromkeys(first.augsub.split(",")))
+    known = [*KINDS, *(kind + JOINT for kind in KINDS[1:])]
+    unknown = [kind for kind in kinds if kind not in known]
+    if unknown:
+        raise ValueError(f"--augsub {unknown[0]}: choose from {','.join(known)}")
+    given = {hyphenated(word).partition("=")[0] for word in rest}
+    unseen = given & {"--variant", "--model", "--cfg"} and not given & {"--data-path", "--data-dir"}
+    fixed = [*(["--data-path", data_path] if unseen else []), "--output-dir", ""]
+
+    measured = with_flags(recipe)
+    modes = []
+    for reference in (False, True):
+        for name in kinds:
+            kind = name.removesuffix(JOINT)
+            joint = ["--augsub-joint"] if name != kind else []
+            args = parse(measured, [*rest, *fixed, "--augsub", kind, *joint])
+            if reference and (joint or not args.reference):
+                continue
+            device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if reference:
+                args = parse(measured, [*rest, *fixed, "--augsub", kind, *timing.reference_flags(device)])
+            if args.nb_classes is None:
+                args.nb_classes = 10 if args.data_set == "DIGITS" else 1000
+            args.steps = args.steps or (10 if device.type == "cuda" else 1)
+            check_targets(args, args.nb_classes)
+            shown_as = ("reference " if reference else "") + NAMES[kind] + (" joint" if joint else "")
+            modes.append(timing.Mode(shown_as, kind, reference, args))
+    if modes[0].args.threads:
+        torch.set_num_threads(modes[0].args.threads)
+    return modes
+
+
+def step(recipe: Recipe, flags: Sequence[str]) -> None:
+    """A training step."""
+    modes = modes_of(recipe, flags)
+    args = modes[0].args
+    with started(args.device) as process:
+        subjects = [timing.prepare_subject(recipe, mode, process, args.warmup) for mode in modes]
+        dtypes = [subject.trainer.autocast or torch.float32 for subject in subjects]
+        rates: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
+        for turn in range(args.rounds):
+            first = turn % len(subjects)  # the one that comes first finds the caches cold
+            for subject in subjects[first:] + subjects[:first]:
+                subject.round(args.steps)
+            for dtype, values in rates.items():
+                values.append(timing.matrix_rate(process.device, dtype))
+        waits = [timing.waits_of(recipe, mode, process) if args.profile else None for mode in modes]
+        sent = timing.communication(recipe, modes) if args.communication else [None for _ in modes]
+        figures = []
+        for subject, dtype, waited, counted in zip(subjects, dtypes, waits, sent):
+            counts = {"waits": waited, "communication": counted}
+            figures.append(figures_of(recipe, subject, dtype, rates[dtype]) | counts)
+        compare(figures, [subject.seconds for subject in subjects], [subject.cpu for subject in subjects])
+        report(recipe, args, process, "step", model_of(recipe, args), figures)
+    print(table_of_time(figures), table_of_work(figures), sep="\n\n")
+    if args.profile:
+        times = ", ".join(f"{short(f)} {f['waits']['waits']}" for f in figures)
+        print(f"\nwaits for the device in {figures[0]['waits']['updates']} steps between log lines: {times}")
+
+
+def figures_of(recipe: Recipe, subject: timing.Subject, dtype: torch.dtype, rates: list[float]) -> dict[str, Any]:
+    """All of a mode but comparisons, in SI units but for milliseconds."""
+    args, seconds = subject.mode.args, subject.seconds
+    images = args.batch_size * args.accum_iter
+    work = plan.measure(recipe.name, args)
+    speed = [images / value for value in seconds]
+    arithmetic = (work.main + work.sub) * (1 + plan.BACKWARD)
+    parameters = sum(p.numel() for p in subject.trainer.parameters)
+    rate = statistics.median(rates)
+    return {
+        "name": subject.mode.name,
+        "kind": subject.mode.kind,
+        "reference": subject.mode.reference,
+        "images_per_step": images,
+        "images_per_second": spread(speed),
+        "ms_per_step": spread([1000 * value for value in seconds]),
+        "cpu_ms_per_step": spread([1000 * value for value in subject.cpu]),
+        "ms": {part: spread([1000 * entry[part] for entry in subject.rounds]) for part in timing.PARTS},
+        "peak_bytes": subject.peak,
+        "parameters": parameters,
+        "gradient_bytes": 4 * parameters,
+        "multiply_adds": {"main": work.main / 2, "sub": work.sub / 2},
+        "dtype": str(dtype).removeprefix("torch."),
+        "flops_per_second": statistics.median(speed) * arithmetic,
+        "matrix_flops_per_second": spread(rates),
+        "share_of_matrix_rate": statistics.median(speed) * arithmetic / rate,
+    }
+
+
+def compare(figures: list[dict[str, Any]], seconds: list[list[float]], cpu: list[list[float]]) -> None:
+    """Adds each mode's ratios: to the first mode of its trainer, and of the reference's time with its drop to its own;
+    of the times round by round, since what is slow in one round is so for all. Time on the CPU is what remains of that
+    on a machine that is busy with other work.
+    """
+    for mine, own, worked in zip(figures, seconds, cpu):
+        base = next(i for i, other in enumerate(figures) if other["reference"] == mine["reference"])
+        first = figures[base]
+        mine["to_first"] = {
+            "name": first["name"],
+            "time": spread([a / b for a, b in zip(own, seconds[base])]),
+            "cpu_time": spread([a / b for a, b in zip(worked, cpu[base])]),
+            "multiply_adds": sum(mine["multiply_adds"].values()) / sum(first["multiply_adds"].values()),
+            "peak_bytes": mine["peak_bytes"] / first["peak_bytes"],
+        }
+        against = [i for i, other in enumerate(figures) if other["reference"] and other["kind"] == mine["kind"]]
+        if against and not mine["reference"]:
+            mine["speed_over_reference"] = spread([b / a for a, b in zip(own, seconds[against[0]])])
+            mine["cpu_speed_over_reference"] = spread([b / a for a, b in zip(worked, cpu[against[0]])])
+
+
+def short(figure: dict[str, Any]) -> str:
+    """The name of a mode as the tables have it."""
+    return str(figure["name"]).replace("reference", "ref.")
+
+
+def table_of_time(figures: list[dict[str, Any]]) -> str:
+    """Where a step's time goes. "CPU" is the ratio before it in time that the process had the cores."""
+    parts = [{"forward": "forw.", "backward": "backw.", "optimizer": "optim."}.get(part, part) for part in timing.PARTS]
+    head = ["", "images/s", "ms a step", *parts, f"x {figures[0]['name']}", "CPU"]
+    head += ["x ref.", "CPU"] if any("speed_over_reference" in f for f in figures) else []
+    rows = []
+    for f in figures:
+        digits = 1 if f["ms_per_step"]["median"] < 100 else 0
+        row = [
+            f["name"].replace("reference", "ref."),
+            f"{f['images_per_second']['median']:.1f}",
+            shown(f["ms_per_step"], digits),
+        ]
+        row += [f"{f['ms'][part]['median']:.{digits}f}" for part in timing.PARTS]
+        row += [f"{f['to_first'][name]['median']:.2f}" for name in ("time", "cpu_time")]
+        if "speed_over_reference" in f:
+            row += [f"{f[name]['median']:.2f}" for name in ("speed_over_reference", "cpu_speed_over_reference")]
+        rows.append(row)
+    return aligned([head, *rows])
+
+
+def table_of_work(figures: list[dict[str, Any]]) -> str:
+    """Arithmetic, memory and communication of a step."""
+    ratio = f"x {figures[0]['name']}"
+    head = ["", "GMAC/image", ratio, "TFLOP/s", "of matrix", "peak MB", ratio, "MB sent", "all-reduces"]
+    rows = []
+    for f in figures:
+        sent = f["communication"] or {"bytes": 0, "all_reduces": 0}
+        rows.append([
+            short(f), f"{sum(f['multiply_adds'].values()) / 1e9:.3f}", f"{f['to_first']['multiply_adds']:.2f}",
+            f"{f['flops_per_second'] / 1e12:.3f}", f"{f['share_of_matrix_rate']:.0%}", f"{f['peak_bytes'] / 1e6:.1f}",
+            f"{f['to_first']['peak_bytes']:.2f}", f"{sent['bytes'] / 1e6:.1f}", f"{sent['all_reduces']}",
+        ])  # fmt: skip
+    f = figures[0]
+    note = f"matrix product in {f['dtype']}: {f['matrix_flops_per_second']['median'] / 1e12:.3f} TFLOP/s"
+    if f["communication"] is None:
+        note += f"; one process sends nothing, several {f['gradient_bytes'] / 1e6:.1f} MB each"
+    return aligned([head, *rows]) + f"\n{note}"
+
+
+def data(recipe: Recipe, flags: Sequence[str]) -> None:
+    """Images a second that a core makes of JPEGs, for a row of each recipe."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = {name: ["--variant", variant] for name, variant in ROWS.items()}
+        args = {
+            name: modes_of(RECIPES[name], ["--augsub", "none", *row, *flags], folder)[0].args
+            for name, row in rows.items()
+        }
+        first = next(iter(args.values()))
+        if first.data_path == folder:
+            pipelines.make_photographs(Path(folder), min(64, first.images))
+        found = pipelines.measure_pipelines(args, first.images, first.rounds)
+        figures: list[dict[str, Any]] = []
+        for row in found:
+            base = row.seconds[next(iter(row.seconds))]
+            figures.append({
+                "name": row.name,
+                "augmentation": row.augmentation,
+                "images_per_second": {p: spread([1 / s for s in seconds]) for p, seconds in row.seconds.items()},
+                "ms_per_image": {p: spread([1000 * s for s in seconds]) for p, seconds in row.seconds.items()},
+                "to_first": {p: spread([a / b for a, b in zip(base, s)]) for p, s in row.seconds.items()},
+            })  # fmt: skip
+        report(recipe, first, Process(torch.device("cpu")), "data", "data", figures)
+    names = list(pipelines.PIPELINES)
+    head = ["images/s on one core", "augmentation", *names, *(f"{name} / {names[0]}" for name in names[1:])]
+    lines = []
+    for f in figures:
+        speeds = [shown(f["images_per_second"][name], 1) for name in names]
+        ratios = [f"{f['to_first'][name]['median']:.2f}" for name in names[1:]]
+        lines.append([f["name"], f["augmentation"], *speeds, *ratios])
+    print(aligned([head, *lines]))
+
+
+def end_to_end(recipe: Recipe, flags: Sequence[str]) -> None:
+    """A short real training."""
+    with tempfile.TemporaryDirectory() as folder:
+        modes = modes_of(recipe, flags, folder)
+        args = modes[0].args
+        if args.data_path == folder:
+            pipelines.make_photographs(Path(folder), args.images)
+        with started(args.device) as process:
+            trainings = [pipelines.prepare_training(recipe, mode, process, args.images) for mode in modes]
+            with pipelines.closed(trainings):
+                for _ in range(args.rounds):
+                    for training in trainings:
+                        training.epoch()
+            figures: list[dict[str, Any]] = []
+            for training in trainings:
+                figures.append({
+                    "name": training.mode.name,
+                    "kind": training.mode.kind,
+                    "reference": training.mode.reference,
+                    "loader_processes": training.loader.num_workers,
+                    "images_per_second": spread([images / seconds for images, seconds, _ in training.rounds]),
+                    "waiting": spread([waited / seconds for _, seconds, waited in training.rounds]),
+                })  # fmt: skip
+            report(recipe, args, process, "end-to-end", model_of(recipe, args), figures)
+    head = ["", "images/s", "waiting for data", "loader processes"]
+    lines = [
+        [f["name"], shown(f["images_per_second"], 1), f"{f['waiting']['median']:.1%}", str(f["loader_processes"])]
+        for f in figures
+    ]
+    print(aligned([head, *lines]))
+
+
+def save(recipe: Recipe, flags: Sequence[str]) -> None:
+    """Checkpoints that are written while training goes on, in a temporary folder."""
+    modes = modes_of(recipe, flags)
+    args = modes[0].args
+    with started(args.device) as process, tempfile.TemporaryDirectory() as folder:
+        figures: list[dict[str, Any]] = []
+        for mode in modes:
+            subject = timing.prepare_subject(recipe, mode, process, args.warmup)
+            stalls, writes, beside = timing.save_rounds(
+                subject, Path(folder, "checkpoint.pth"), args.rounds, args.steps
+            )
+            figures.append({
+                "name": mode.name,
+                "kind": mode.kind,
+                "parameters": sum(p.numel() for p in subject.trainer.bare.parameters()),
+                "bytes": Path(folder, "checkpoint.pth").stat().st_size,
+                "step": spread(subject.seconds),
+                "stall": spread(stalls),
+                "write": spread(writes),
+                "step_beside": spread(beside),
+            })  # fmt: skip
+        report(recipe, args, process, "save", model_of(recipe, args), figures)
+    head = ["", "parameters", "file", "s a step", "s a step waits", "s a write", "s a step beside it"]
+    lines = []
+    for f in figures:
+        times = [shown(f[name], 2) for name in ("step", "stall", "write", "step_beside")]
+        lines.append([f["name"], f"{f['parameters'] / 1e6:.1f}M", f"{f['bytes'] / 1e6:,.1f} MB", *times])
+    print(aligned([head, *lines]))
+
+
+def growth(recipe: Recipe, flags: Sequence[str]) -> None:
+    """Time per image over four things that grow."""
+    from scripts.draw import draw
+    from scripts.growth import measured, sweeps_of, table_of
+
+    args, sweeps = sweeps_of(recipe, flags, modes_of)
+    with started(args.device) as process:
+        figures = [measured(recipe, sweep, process) for sweep in sweeps]
+        report(recipe, args, process, "growth", model_of(recipe, args), figures)
+    print(*map(table_of, figures), sep="\n\n")
+    if args.plot is not None:
+        on = timing.machine(process.device)
+        where = on["gpu"] or f"{on['cpu']}, {on['threads']} thread{'s' * (on['threads'] > 1)} a process"
+        dtype = figures[0]["points"][0]["figures"][0]["dtype"]
+        what = f"{model_of(recipe, args)}, {dtype}; {where}; medians and quartiles of {args.rounds} turns"
+        draw(Path(args.plot), figures, what)
+
+
+def start(recipe: Recipe, flags: Sequence[str]) -> None:
+    """Seconds that a user waits for each recipe's entry point."""
+    args = modes_of(recipe, ["--augsub", "none", *flags])[0].args
+    own = Parser(add_help=False, prog="benchmark.py")
+    add_flags(own)
+    _, rest = own.parse_known_args(list(flags))
+    found = measure_starts(ROWS, rest, args.rounds)
+    figures: list[dict[str, Any]] = [
+        {"name": entry.recipe, "row": entry.row, "seconds": {look: spread(entry.seconds[look]) for look in LOOKS}}
+        for entry in found
+    ]
+    what = f"seconds from the command, first step of {BATCH} images on JPEGs"
+    report(recipe, args, Process(torch.device("cpu")), "start", what, figures)
+    head = ["", "--help", "first step on the digits", "of a row", ""]
+    lines = [[f["name"], *(shown(f["seconds"][look], 2) for look in LOOKS), f["row"]] for f in figures]
+    print(aligned([head, *lines]))
+
+
+def model_of(recipe: Recipe, args: argparse.Namespace) -> str:
+    """What is trained, in words."""
+    return f"{recipe.name} {args.model}, {args.input_size} px, batch {args.batch_size}"
+
+
+def report(
+    recipe: Recipe,
+    args: argparse.Namespace,
+    process: Process,
+    command: str,
+    what: str,
+    figures: list[dict[str, Any]],
+) -> None:
+    """Prints what was measured and on what, and writes the JSON file.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    where = timing.machine(process.device)
+    entry = {
+        "benchmark": command,
+        "recipe": recipe.name,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        "machine": where,
+        "rounds": args.rounds,
+        "steps": args.steps,
+        **settings(argparse.Namespace(**vars(args) | {"json": str(args.json)}), process),
+        "figures": figures,
+    }
+    on = where["gpu"] or f"{where['cores']} cores of {where['cpu']}, {where['threads']} threads"
+    print(f"{what}; {on}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
+    if args.json is not None:
+        try:
+            args.json.write_text(json.dumps(entry, indent=2) + "\n")
+        except OSError as error:
+            raise ValueError(f"--json {args.json}: not writable ({error.strerror or error})") from error
