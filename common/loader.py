@@ -12,6 +12,7 @@ import random
 import signal
 import struct
 import threading
+import traceback
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
+from torch.multiprocessing import reductions
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -321,16 +323,23 @@ def batches_of(loader: DataLoader, epoch: int, done: int = 0) -> Iterator[Any]:
 
 def failure_of(loader: DataLoader | None, error: BaseException) -> str | None:
     """What PyTorch says where loader processes hang or die, in our words; None where it is of something else."""
-    if loader is None or not isinstance(error, RuntimeError):
+    if loader is None:
         return None
-    if "DataLoader timed out" in str(error):
+    if isinstance(error, RuntimeError) and "DataLoader timed out" in str(error):
         busy = loader.dataset.busy_with() if isinstance(loader.dataset, Views) else []
         where = f"; they hang at {', '.join(busy)}" if busy else ""
         return f"the data-loading processes gave no batch for {loader.timeout:g} s (--data-timeout){where}"
-    if "DataLoader worker" in str(error):
+    if (isinstance(error, RuntimeError) and "DataLoader worker" in str(error)) or _torn(error):
         return ("a data-loading process was killed, as it is where memory runs out; fewer --num-workers need less; the "
                 "same command goes on from the last checkpoint")  # fmt: skip
     return None
+
+
+def _torn(error: BaseException) -> bool:
+    """Whether a batch could not be fetched from the process that has it, for that one is gone."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    fetching = any(frame.f_globals.get("__name__") == reductions.__name__ for frame in frames)
+    return isinstance(error, (OSError, EOFError)) and fetching
 
 
 def end_processes() -> None:

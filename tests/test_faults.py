@@ -10,14 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from common import checkpoint, files, prepare, train, writer
 from common.args import parse
 from common.engine import Trainer
 from common.errors import StopTraining
+from common.loader import failure_of
 from common.log import Log
 from deit.recipe import RECIPE
 from scripts.soak import compare
@@ -307,6 +310,28 @@ def test_a_loader_that_is_killed_ends_the_run_with_one_sentence(finished, tmp_pa
     assert error.count("\n") == 1, error
     start(*flags)
     assert compare(out, tmp_path / "out") == []
+
+
+def give_and_wait(queue: Any) -> None:
+    queue.put(torch.zeros(3))
+    time.sleep(60)
+
+
+def test_a_loader_that_is_killed_while_it_hands_over_a_batch_is_told_from_a_full_disk():
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.Queue()
+    giving = context.Process(target=give_and_wait, args=(queue,))
+    giving.start()
+    assert queue._reader.poll(30)
+    giving.kill()
+    giving.join()
+    with pytest.raises((OSError, EOFError)) as torn:
+        queue.get()
+    loader = DataLoader([0])
+    assert str(failure_of(loader, torn.value)).startswith("a data-loading process was killed")
+    with pytest.raises(OSError, match="No space left") as full:
+        raise OSError(28, "No space left on device")
+    assert failure_of(loader, full.value) is None
 
 
 def test_two_runs_in_one_folder_do_not_mix(finished, tmp_path, capsys, monkeypatch):
