@@ -147,7 +147,14 @@ class PixelMask(BlockMask):
         return (self.hide(x, self.ratio), *rest)
 
     def hide(self, x: Tensor, ratio: float) -> Tensor:
-        """x: images (B, 3, H, W), with a share of the blocks set to 0."""
+        """x: images (B, 3, H, W), with a share of the blocks set to 0.
+
+        Under autocast in its type, which the first layer would make of them anyway: a second copy in float32 would lie
+        there during the whole pass.
+        """
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
         mask = block_mask(len(x), (x.shape[-2], x.shape[-1]), (self.block, self.block), ratio, x.device)
         return x.masked_fill(mask[:, None], 0)
 

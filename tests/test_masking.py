@@ -167,3 +167,22 @@ def test_pixel_blocks_are_zeroed_before_a_convolutional_model_sees_them():
     model.eval()
     model(x)
     assert torch.equal(seen[1], x)
+
+
+def test_masked_images_are_the_first_layers_own_copy_under_autocast():
+    """As many bytes as in the plain model's pass, and the same pixels as when the layer makes them narrow itself."""
+    conv = nn.Conv2d(3, 4, 3, bias=False)
+    mask = PixelMask.on(conv, 32)
+    images = torch.randn(4, 3, 64, 64)
+    wide = mask.hide(images, 0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow, out = mask.hide(images, 0.0), conv(mask.hide(images, 0.0))
+    assert wide is not images and wide.dtype is torch.float32 and narrow.dtype is out.dtype is torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(out, conv(images), rtol=0, atol=0)
+    torch.manual_seed(1)
+    wide = mask.hide(images, 0.5)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = mask.hide(images, 0.5)
+    assert torch.equal(narrow, wide.bfloat16()) and (narrow == 0).any()
