@@ -99,13 +99,20 @@ def _attention(attention: Attention, x: Tensor, lengths: list[int]) -> Tensor:
     qkv = attention.qkv(x).view(batch, length, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)  # (B, heads, L + L', D / heads)
     q, k = attention.q_norm(q), attention.k_norm(k)
-    drop = attention.attn_drop.p if attention.training else 0.0
     apart = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2))
-    found = [functional.scaled_dot_product_attention(q, k, v, dropout_p=drop) for q, k, v in apart]
+    found = [_attend(attention, q, k, v) for q, k, v in apart]
     mixed = attention.norm(torch.cat(found, dim=2).transpose(1, 2).flatten(2))
     if attention.gate is not None:
         mixed = mixed * attention.gate(x).sigmoid()
     return attention.proj_drop(attention.proj(mixed))
+
+
+def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v, each (B, heads, L, D), in one kernel or in the open as the model has it."""
+    if attention.fused_attn:
+        drop = attention.attn_drop.p if attention.training else 0.0
+        return functional.scaled_dot_product_attention(q, k, v, dropout_p=drop)
+    return attention.attn_drop((q * attention.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
 
 
 class DoubledBatch(nn.Module):

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from common.augsub import AugSub
 from common.joint import DoubledBatch, _each, join
+from common.prepare import use_plain_attention
 from tests.test_augsub import CASES, LABELS, OFFERED, gradients, images, one_hot_mix, small
 
 APART = ("resnet18", "resnet50", "efficientnet_b0")  # batch norm
@@ -77,6 +78,17 @@ def test_each_loss_and_precision(case, dtype):
         scale = expected[parameter].norm().item()
         error = (gradient - expected[parameter]).norm().item()
         assert error <= (1e-5 if dtype is None else 2e-2) * scale + 1e-8, parameter
+
+
+def test_attention_in_the_open_stays_so(monkeypatch):
+    """As it is in bfloat16 on a CPU, where PyTorch's kernel is the slower way."""
+    fused, *_ = two_ways("deit3_small_patch16_224", "masking", images(), LABELS, F.cross_entropy)
+    plain = small
+    monkeypatch.setattr("tests.test_joint.small", lambda name: use_plain_attention(model := plain(name)) or model)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("the kernel is used"))
+    two, expected, one, got, *_ = two_ways("deit3_small_patch16_224", "masking", images(), LABELS, F.cross_entropy)
+    torch.testing.assert_close([one, two], [fused, fused])
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize(
