@@ -271,7 +271,8 @@ def autocast_dtype(amp: str | None, device: torch.device) -> torch.dtype | None:
         else:
             # AVX-512's bf16 instructions alone do it on AMD's processors; on Intel's a step of ViT-S takes 1.7 times
             # as long as in float32 with them, and AMX is needed
-            able = torch.cpu._is_amx_tile_supported() or "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
+            told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in each release
+            able = torch.cpu._is_amx_tile_supported() or "AMD" in told.get("cpu_name", "")
             native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and able
         amp = "bf16" if native else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]

@@ -63,13 +63,16 @@ def measure_starts(rows: dict[str, str], flags: Sequence[str], rounds: int) -> l
 def _seconds_until(line: str, words: Sequence[str]) -> float:
     """From the start of a script until it prints a line that begins so; for the help until it ends."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                start_new_session=True)  # fmt: skip
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    said = ""
     try:
-        if not any(said.startswith(line) for said in process.stdout):
-            said = process.stderr.read().strip().splitlines()
-            raise ValueError(f"{Path(words[0]).name} ended before its first step: {said[-1] if said else 'silently'}")
+        for said in process.stdout:
+            if said.startswith(line):
+                break
+        else:
+            raise ValueError(f"{Path(words[0]).name} ended before its first step: {said.strip() or 'silently'}")
         if "--help" in words:
             process.stdout.read()
             process.wait()
