@@ -7,6 +7,7 @@ number of loader processes nor their timing plays a part. Unreadable images are 
 from __future__ import annotations
 
 import argparse
+import errno
 import multiprocessing
 import random
 import signal
@@ -339,7 +340,8 @@ def _torn(error: BaseException) -> bool:
     """Whether a batch could not be fetched from the process that has it, for that one is gone."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     fetching = any(frame.f_globals.get("__name__") == reductions.__name__ for frame in frames)
-    return isinstance(error, (OSError, EOFError)) and fetching
+    short_of_files = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)  # it lives then
+    return isinstance(error, (OSError, EOFError)) and fetching and not short_of_files
 
 
 def end_processes() -> None:

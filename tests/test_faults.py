@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -332,6 +333,20 @@ def test_a_loader_that_is_killed_while_it_hands_over_a_batch_is_told_from_a_full
     with pytest.raises(OSError, match="No space left") as full:
         raise OSError(28, "No space left on device")
     assert failure_of(loader, full.value) is None
+
+
+def test_too_many_open_files_are_not_taken_for_a_loader_that_was_killed(monkeypatch):
+    def rebuild(*args: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.Queue()
+    queue.put(torch.zeros(3))
+    assert queue._reader.poll(30)
+    monkeypatch.setattr("torch.multiprocessing.reductions.fd_id", rebuild)
+    with pytest.raises(OSError, match="Too many open files") as short:
+        queue.get()
+    assert failure_of(DataLoader([0]), short.value) is None
 
 
 def test_two_runs_in_one_folder_do_not_mix(finished, tmp_path, capsys, monkeypatch):
