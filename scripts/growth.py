@@ -12,7 +12,6 @@ import importlib.util
 import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from common.prepare import autocast_dtype, check_images, check_mask, create_mode
 from common.recipe import Recipe
 from scripts import plan, timing
 from scripts.figures import aligned, short, shown, spread
+from scripts.options import check_writable
 from scripts.team import Team
 
 # of each recipe, smallest first; a name of a variant gives the model with the variant's other settings
@@ -141,7 +141,7 @@ def check_place(args: argparse.Namespace) -> None:
     """Refuses what would be found out after the measurement only.
 
     Raises:
-        ValueError: one of several processes runs this, GPUs or matplotlib are missing, a file cannot be written.
+        ValueError: one of several processes runs this, GPUs or matplotlib are missing, the plot cannot be written.
     """
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) > 1:
         raise ValueError("growth starts its processes itself: run it as one, with plain python")
@@ -152,14 +152,7 @@ def check_place(args: argparse.Namespace) -> None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
     if args.plot is not None and Path(args.plot).suffix not in SUFFIXES:
         raise ValueError(f"--plot {args.plot}: a name that ends in {', '.join(SUFFIXES)} is needed")
-    for flag, path in (("--plot", args.plot), ("--json", args.json)):
-        try:
-            if path is not None:
-                tempfile.TemporaryFile(dir=Path(path).parent).close()
-            if path is not None and Path(path).is_dir():
-                raise IsADirectoryError(0, "it is a folder")
-        except OSError as error:
-            raise ValueError(f"{flag} {path}: not writable ({error.strerror or error})") from error
+    check_writable("--plot", args.plot)
 
 
 def checked(recipe: Recipe, what: str, args: argparse.Namespace) -> plan.Measured:

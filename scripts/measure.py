@@ -19,7 +19,7 @@ from common.prepare import check_targets, settings
 from common.recipe import Recipe
 from scripts import pipelines, plan, timing
 from scripts.figures import aligned, shown, spread
-from scripts.options import add_flags, with_flags
+from scripts.options import add_flags, check_writable, with_flags
 from scripts.startup import BATCH, LOOKS, measure_starts
 from scripts.table import RECIPES
 
@@ -64,6 +64,7 @@ def modes_of(recipe: Recipe, flags: Sequence[str], data_path: str = "unseen") ->
             check_targets(args, args.nb_classes)
             shown_as = ("reference " if reference else "") + NAMES[kind] + (" joint" if joint else "")
             modes.append(timing.Mode(shown_as, kind, reference, args))
+    check_writable("--json", modes[0].args.json)
     if modes[0].args.threads:
         torch.set_num_threads(modes[0].args.threads)
     return modes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import tempfile
 from pathlib import Path
 
 from common.recipe import Recipe
@@ -36,6 +37,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--models", type=names, default=None, metavar="NAME,NAME", help="growth: models or variants; the recipe's own")
     add("--processes", type=counts, default=[1, 2], metavar="N,N", help="growth: processes that train together")
     add("--plot", default=None, metavar="FILE", help="growth: draw the figure here, as .png, .svg or .pdf")
+
+
+def check_writable(flag: str, path: str | Path | None) -> None:
+    """Refuses a file that could not be written once all is measured.
+
+    Raises:
+        ValueError: it is a folder, or nothing can be written where it lies.
+    """
+    if path is None:
+        return
+    try:
+        tempfile.TemporaryFile(dir=Path(path).parent).close()
+        if Path(path).is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: not writable ({error.strerror or error})") from error
 
 
 def names(value: str) -> list[str]:

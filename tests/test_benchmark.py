@@ -16,7 +16,7 @@ from PIL import Image
 from common.args import parse
 from common.dist import Process
 from common.errors import StopTraining
-from scripts import benchmark, growth, plan, team, timing
+from scripts import benchmark, growth, measure, plan, team, timing
 from scripts.draw import draw
 from scripts.figures import short
 from scripts.measure import modes_of
@@ -366,10 +366,14 @@ def test_growth_refuses_bad_input_before_it_measures(words, sentence, monkeypatc
     (["step", "--referense"], "unknown flag --referense: did you mean --reference?"),
     (["step", "--rounds", "0"], "argument --rounds: '0': a whole number of at least 1 is needed"),
     (["steps"], "argument command: invalid choice: 'steps'"),
+    (["step", "--json", "no/where.json"], "--json no/where.json: not writable (No such file or directory)"),
+    (["start", "--json", "."], "--json .: not writable (it is a folder)"),
     (["data", "--data-path", "nowhere"], "--data-path nowhere: there is no such folder"),
     (["end-to-end", "--batch-size", "200"], "--images 256 are fewer than two batches"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_bad_input_ends_with_one_sentence(words, sentence, monkeypatch, capsys):
+    """Also of a file that could not be written in the end, before a minute is spent on measuring."""
+    monkeypatch.setattr(measure, "report", None)
     monkeypatch.setattr("sys.argv", ["benchmark.py", *words])
     with pytest.raises(SystemExit) as leaving:
         benchmark.main()
