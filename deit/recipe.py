@@ -127,7 +127,6 @@ RECIPE = Recipe(
     check=check,
     adapt_weights=late("deit.models:adapt_weights"),
     scale_lr=lambda args, batch: args if args.unscale_lr else lr_per_512(args, batch),
-    schedule=late(
-        "common.optim:epoch_schedule", lag=1
-    ),  # upstream steps it with the number of the epoch that has passed
+    # upstream steps it with the number of the epoch that has passed
+    schedule=late("common.optim:epoch_schedule", lag=1),
 )
