@@ -45,7 +45,7 @@ COMMANDS = ("step", "data", "end-to-end", "save", "growth", "start")
 
 
 def main() -> None:
-    """Measures what is asked for; ends with status 2 and one sentence on bad input."""
+    """Measures what is asked for; ends with status 2 and one sentence on bad input, with 130 after Ctrl-C."""
     command, recipe, flags = opening(sys.argv[1:])
     try:
         if {"-h", "--help"} & set(flags):
@@ -57,6 +57,9 @@ def main() -> None:
         leave(str(error))
     except StopTraining as stop:
         leave(f"training stopped: {stop}")
+    except KeyboardInterrupt:
+        print("benchmark.py: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def leave(sentence: str) -> NoReturn:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -29,13 +31,20 @@ class Team:
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.members: list[Any] = []
-        for rank in range(members):
-            ours, theirs = context.Pipe()
-            words = (theirs, self.folder.name, recipe, modes, rank, members, device)
-            self.members.append(context.Process(target=_train, args=words, daemon=True))
-            self.members[-1].start()
-            theirs.close()
-            self.pipes.append(ours)
+        resource_tracker.ensure_running()  # its start would let Ctrl-C through again
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # which they inherit: they are ended by `end`
+        try:
+            for rank in range(members):
+                ours, theirs = context.Pipe()
+                words = (theirs, self.folder.name, recipe, modes, rank, members, device)
+                self.members.append(context.Process(target=_train, args=words, daemon=True))
+                self.members[-1].start()
+                theirs.close()
+                self.pipes.append(ours)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._hear()
 
     def turn(self, mode: int) -> tuple[dict[str, float], float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import weakref
 from pathlib import Path
@@ -317,7 +319,10 @@ def test_a_process_that_dies_ends_the_measurement():
     flags = ["--augsub", "none", "--batch-sizes", "1", "--warmup", "1", "--processes", "2"]
     _, sweeps = growth.sweeps_of(RECIPES["deit"], flags, modes_of)
     gang = team.Team("deit", sweeps[-1].points[0].modes, 2, "cpu")
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
     try:
+        for member in gang.members:
+            os.kill(member.pid, signal.SIGINT)  # as Ctrl-C does: whoever asked ends them
         assert gang.turn(0)[1] > 0
         gang.members[1].kill()
         gang.members[1].join()
@@ -380,6 +385,17 @@ def test_bad_input_ends_with_one_sentence(words, sentence, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert leaving.value.code == 2 and error.count("\n") == 1
     assert error.startswith("benchmark.py: error: ") and sentence in error
+
+
+def test_ctrl_c_ends_with_one_sentence(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "step", interrupted)
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "step"])
+    with pytest.raises(SystemExit) as leaving:
+        benchmark.main()
+    assert leaving.value.code == 130 and capsys.readouterr().err == "benchmark.py: interrupted\n"
 
 
 def test_starts_are_timed_from_the_command_to_the_first_step(tmp_path, monkeypatch):
