@@ -146,29 +146,38 @@ def blend(degenerate: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
     return (start + column(numbers, 0) * (images.float() - start)).clamp(0, 255).to(torch.uint8)
 
 
-def bilinear_taps(position: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    """Where along an axis → the first pixel that counts there, and the weights of it and those that follow."""
-    first = (position - 0.5).floor()
-    d = position - 0.5 - first
-    return first, (1 - d, d)
+def between_two(pixels: Sequence[Tensor], d: Tensor) -> Tensor:
+    """Linear, as PIL has it: where pixels are alike the result is they, which weights that are rounded would miss."""
+    a, b = pixels
+    return a + (b - a) * d
 
 
-def bicubic_taps(position: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    """As `bilinear_taps`; the cubic has a = -1, which in PIL is that of Image.transform alone."""
-    first = (position - 0.5).floor()
-    d = position - 0.5 - first
-    return first - 1, (-d * (1 - d) ** 2, 1 - 2 * d**2 + d**3, d + d**2 - d**3, -(d**2) * (1 - d))
+def between_four(pixels: Sequence[Tensor], d: Tensor) -> Tensor:
+    """As `between_two`; the cubic has a = -1, which in PIL is that of Image.transform alone."""
+    before, a, b, after = pixels
+    return a + d * (b - before + d * (2 * (before - a) + b - after + d * (a - before + after - b)))
 
 
-def nearest_taps(position: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    """As `bilinear_taps`."""
-    return position.floor(), (torch.ones_like(position),)
+def nearest(pixels: Sequence[Tensor], d: Tensor) -> Tensor:
+    """As `between_two`."""
+    return pixels[0]
 
 
-Taps = Callable[[Tensor], tuple[Tensor, Sequence[Tensor]]]
+class Filter(NamedTuple):
+    """How a pixel is made of those around a position along an axis.
+
+    Args:
+        offsets: of the pixels that count, from the one whose centre (or, of the nearest, whose edge) is before.
+        centre: of a pixel, 0.5, or 0 where its edges count.
+        mix: of so many pixels and the distance from the one before.
+    """
+
+    offsets: Sequence[int]
+    centre: float
+    mix: Callable[[Sequence[Tensor], Tensor], Tensor]
 
 
-def affine(images: Tensor, numbers: Tensor, taps: Taps, fill: Tensor) -> Tensor:
+def affine(images: Tensor, numbers: Tensor, filtering: Filter, fill: Tensor) -> Tensor:
     """Each pixel comes from where numbers = (a, b, c, d, e, f) say, (ax + by + c, dx + ey + f), or is `fill` where
     that is outside. Pixels' centres are at halves.
 
@@ -180,22 +189,26 @@ def affine(images: Tensor, numbers: Tensor, taps: Taps, fill: Tensor) -> Tensor:
     a, b, c, d, e, f = (column(numbers, k).squeeze(1) for k in range(NUMBERS))
     across, down = a * x + b * y + c, d * x + e * y + f  # (n, H, W)
     inside = (across >= 0) & (across < width) & (down >= 0) & (down < height)
-    (left, weights_x), (top, weights_y) = taps(across), taps(down)
-    columns = [(left.long() + k).clamp(0, width - 1) for k in range(len(weights_x))]
+    left, top = ((position - filtering.centre).floor() for position in (across, down))
+    beyond, below = (
+        (position - filtering.centre - before).unsqueeze(1) for position, before in ((across, left), (down, top))
+    )
+    columns = [(left.long() + k).clamp(0, width - 1) for k in filtering.offsets]
     pixels = images.flatten(2)
-    total = torch.zeros(images.shape, device=images.device)
-    for k, weight_y in enumerate(weights_y):
+    lines = []
+    for k in filtering.offsets:
         row = (top.long() + k).clamp(0, height - 1) * width
-        line = torch.zeros_like(total)
-        for at, weight_x in zip(columns, weights_x):
-            index = (row + at).view(n, 1, -1).expand(n, channels, -1)
-            line += pixels.gather(2, index).view_as(images) * weight_x.unsqueeze(1)
-        total += line * weight_y.unsqueeze(1)
-    values = total.clamp(0, 255).to(torch.uint8)  # PIL cuts off what is behind the point
+        indices = ((row + at).view(n, 1, -1).expand(n, channels, -1) for at in columns)
+        lines.append(filtering.mix([pixels.gather(2, index).view_as(images).float() for index in indices], beyond))
+    values = filtering.mix(lines, below).clamp(0, 255).to(torch.uint8)  # PIL cuts off what is behind the point
     return torch.where(inside.unsqueeze(1), values, fill)
 
 
-AFFINE = {"nearest": nearest_taps, "bilinear": bilinear_taps, "bicubic": bicubic_taps}
+AFFINE = {
+    "nearest": Filter((0,), 0.0, nearest),
+    "bilinear": Filter((0, 1), 0.5, between_two),
+    "bicubic": Filter((-1, 0, 1, 2), 0.5, between_four),
+}
 PIXELS = {function.__name__: function for function in (
     nothing, hflip, vflip, invert, posterize, solarize, solarize_add, auto_contrast, equalize, brightness, color,
     contrast, sharpness, gaussian_blur,
@@ -245,8 +258,8 @@ class DeviceAugment:
                     erasing.append((chosen, theirs))
                     continue
                 part = images[chosen]
-                taps = AFFINE.get(name)
-                changed = PIXELS[name](part, theirs) if taps is None else affine(part, theirs, taps, self.fill)
+                filtering = AFFINE.get(name)
+                changed = affine(part, theirs, filtering, self.fill) if filtering else PIXELS[name](part, theirs)
                 images.index_copy_(0, chosen, changed)
         values = images.float().div_(255).sub_(self.mean).div_(self.std)
         for chosen, boxes in erasing:

@@ -131,6 +131,21 @@ def test_affine_operations_are_pils_up_to_a_rounding(filtering, name, number):
         assert off.max() <= 1
 
 
+@pytest.mark.parametrize("filtering", ["bilinear", "bicubic"])
+def test_what_is_of_one_colour_stays_so_between_pixels(filtering):
+    """As in PIL, at all grey levels: weights whose sum is just below 1 made 254 of 255, and equalize more of it."""
+    levels = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()
+    for shift in np.linspace(-3, 3, 41):
+        numbers = torch.tensor([[1.0, 0.03, shift, -0.02, 1.0, shift / 3]]).repeat(256, 1)
+        ours = device.affine(levels, numbers, device.AFFINE[filtering], torch.zeros(3, 1, 1, dtype=torch.uint8))
+        for level in (1, 100, 255):
+            theirs = Image.new("RGB", (16, 16), (level,) * 3).transform(
+                (16, 16), Image.Transform.AFFINE, numbers[0].tolist(), Image.Resampling[filtering.upper()]
+            )
+            assert torch.equal(ours[level], pil_to_tensor(theirs))
+        assert ((ours == levels) | (ours == 0)).all()
+
+
 def items_of(flags: list[str], seeds: range, data=None) -> tuple[Tensor, Tensor, Raw]:
     """The images of timm's pipeline and of ours, drawn from the same seeds, and what ours are made from."""
     args = settings(*flags)
