@@ -61,6 +61,16 @@ def listening(speaks: bool = True) -> Iterator[Request]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Puts a Ctrl-C off to the end, also for the processes that are started meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def stop_printing() -> None:
     """After a BrokenPipeError, as `| head` brings about: else the interpreter would print to the reader that left."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,9 +25,7 @@ from common.args import Parser  # noqa: E402
 from common.folder import CURVES, LOG, duration, entries  # noqa: E402
 from scripts.stage import JOB, STATUS, read  # noqa: E402
 from scripts.submit import complaining, queue, state_of  # noqa: E402
-from scripts.table import KINDS, MINI, MINI_OUTPUT, OUTPUT, RATIO, ROWS, TITLES, Row, Stage, folder_of, select  # noqa: E402
-
-SHORT = {"none": "plain", "masking": "AugMask", "dropout": "AugDrop", "droppath": "AugPath"}
+from scripts.table import KINDS, MINI, MINI_OUTPUT, OUTPUT, RATIO, ROWS, SHORT, TITLES, Row, Stage, folder_of, select  # noqa: E402
 
 
 def main() -> None:

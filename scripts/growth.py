@@ -94,9 +94,12 @@ def sweeps_of(recipe: Recipe, flags: Sequence[str], modes_of: ModesOf) -> tuple[
     Raises:
         ValueError: bad input, in one sentence.
     """
-    own = Parser(add_help=False, prog="benchmark.py")
-    named = [own.add_argument(f"--{name}") for name in ("variant", "model", "cfg", "data-path", "data-dir", "data-set")]
-    given, _ = own.parse_known_args(list(flags))
+    data_or_model = Parser(add_help=False, prog="benchmark.py")
+    named = [
+        data_or_model.add_argument(f"--{name}")
+        for name in ("variant", "model", "cfg", "data-path", "data-dir", "data-set")
+    ]
+    given, _ = data_or_model.parse_known_args(list(flags))
     # one image cannot be mixed with another; one thread, so that a process is a core in all sweeps
     batch = "64" if torch.cuda.is_available() else "4"
     before = ["--mixup", "0", "--cutmix", "0", "--threads", "1", "--batch-size", batch]
@@ -118,10 +121,10 @@ def sweeps_of(recipe: Recipe, flags: Sequence[str], modes_of: ModesOf) -> tuple[
                     raise
         return Sweep(name, found)
 
-    own = Parser(add_help=False)
-    own.add_argument("--model")
+    named_model = Parser(add_help=False)
+    named_model.add_argument("--model")
     fixed = ["--input-size", str(args.input_size), "--augsub-block", str(args.augsub_block)]  # over a variant's
-    modelless = [*own.parse_known_args(words)[1], *fixed]
+    modelless = [*named_model.parse_known_args(words)[1], *fixed]
     works = [checked(recipe, args.model, mode.args) for mode in base]
     return args, [
         sweep("batch size", "--batch-size", args.batch_sizes, BATCH_SIZES, words),
@@ -213,9 +216,7 @@ class Player:
     def __init__(self, recipe: Recipe, sweep: Sweep, process: Process):
         self.recipe, self.points, self.process = recipe, sweep.points, process
         self.held: dict[Cell, timing.Subject] = {}
-        # float32 weights, gradients, two moments and the average
-        copies = 4 + bool(sweep.points[0].args.model_ema)
-        needed = sum(4 * copies * work.weights for point in sweep.points for work in point.works)
+        needed = sum(plan.state_bytes(work, point.args) for point in sweep.points for work in point.works)
         if process.device.type == "cuda":
             room = torch.cuda.get_device_properties(process.device).total_memory
         else:

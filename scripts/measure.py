@@ -21,9 +21,8 @@ from scripts import pipelines, plan, timing
 from scripts.figures import aligned, shown, spread
 from scripts.options import add_flags, check_writable, with_flags
 from scripts.startup import BATCH, LOOKS, measure_starts
-from scripts.table import RECIPES
+from scripts.table import RECIPES, SHORT
 
-NAMES = {"none": "plain", "masking": "AugMask", "dropout": "AugDrop", "droppath": "AugPath"}
 JOINT = "-joint"
 ROWS = {"deit": "small_400", "mae": "base_100", "swin": "tiny", "resnet_rsb": "resnet50"}  # that stand for a recipe
 
@@ -62,7 +61,7 @@ def modes_of(recipe: Recipe, flags: Sequence[str], data_path: str = "unseen") ->
                 args.nb_classes = 10 if args.data_set == "DIGITS" else 1000
             args.steps = args.steps or (10 if device.type == "cuda" else 1)
             check_targets(args, args.nb_classes)
-            shown_as = ("reference " if reference else "") + NAMES[kind] + (" joint" if joint else "")
+            shown_as = ("reference " if reference else "") + SHORT[kind] + (" joint" if joint else "")
             modes.append(timing.Mode(shown_as, kind, reference, args))
     check_writable("--json", modes[0].args.json)
     if modes[0].args.threads:

@@ -73,9 +73,13 @@ def cost(stage: Stage, kind: str, flags: Sequence[str]) -> Cost:
     batch = args.batch_size * args.accum_iter * stage.nodes * stage.gpus
     steps = args.epochs * (images // batch)
     found = measure(stage.recipe, args)
-    # float32 weights, gradients, two moments and the average; the activations of one pass, in 16 bits
-    state = found.weights * 4 * (4 + bool(args.model_ema))
-    return Cost(steps, steps * batch * (found.main + found.sub) * (1 + BACKWARD), state + found.saved * args.batch_size)
+    memory = state_bytes(found, args) + found.saved * args.batch_size  # the activations are those of one pass
+    return Cost(steps, steps * batch * (found.main + found.sub) * (1 + BACKWARD), memory)
+
+
+def state_bytes(found: Measured, args: argparse.Namespace) -> int:
+    """Weights, gradients, two moments and the average, in float32."""
+    return found.weights * 4 * (4 + bool(args.model_ema))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT) if __name__ == "__main__" else sys.path[0]
 
 from common.args import Parser, hyphenated, parse  # noqa: E402
-from common.signals import stop_printing  # noqa: E402
+from common.signals import stop_printing, uninterrupted  # noqa: E402
 from scripts.stage import JOB, STATUS, STOPPED, Queued, read, slurm, update_status, write  # noqa: E402
 from scripts.table import ENTRIES, RECIPES  # noqa: E402
 
@@ -198,16 +197,6 @@ def begin_here(folder: Path) -> None:
     """Writes down that a run is this process's, on this machine."""
     update_status(folder, state="running", job=None, reason="", idle=-1, host=socket.gethostname(),
                   process=os.getpid())  # fmt: skip
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Puts a Ctrl-C off to the end, also for the processes that are started meanwhile."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTPUT, MINI_OUTPUT = ROOT / "output" / "table", ROOT / "output" / "mini_table"
 RATIO = 0.5  # the paper's
 KINDS = ("none", "masking")  # the table's columns: plain, AugMask
+SHORT = {"none": "plain", "masking": "AugMask", "dropout": "AugDrop", "droppath": "AugPath"}
 ENTRIES = {
     "deit": "deit/main.py",
     "mae": "mae/main_finetune.py",

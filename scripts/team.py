@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -15,6 +14,7 @@ import torch.multiprocessing as mp
 
 from common.dist import Process
 from common.errors import StopTraining
+from common.signals import uninterrupted
 from scripts import timing
 
 
@@ -32,10 +32,7 @@ class Team:
         self.pipes: list[Connection] = []
         self.members: list[Any] = []
         resource_tracker.ensure_running()  # its start would let Ctrl-C through again
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT}
-        )  # which they inherit: they are ended by `end`
-        try:
+        with uninterrupted():  # `end` ends them
             for rank in range(members):
                 ours, theirs = context.Pipe()
                 words = (theirs, self.folder.name, recipe, modes, rank, members, device)
@@ -43,8 +40,6 @@ class Team:
                 self.members[-1].start()
                 theirs.close()
                 self.pipes.append(ours)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._hear()
 
     def turn(self, mode: int) -> tuple[dict[str, float], float]:
