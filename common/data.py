@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers import reader_wds
@@ -22,6 +23,7 @@ from torchvision import datasets
 from common.args import DIGITS
 
 PIXEL = b"P6 1 1 255 \0\0\0"  # the least that PIL takes for an image
+UNKNOWN = -1  # where an image lies in its shard, before anyone has looked
 
 
 class Digits(Dataset):
@@ -144,13 +146,15 @@ class ZipFolder(datasets.VisionDataset):
 class Shards(Dataset):
     """Images in WebDataset shards on disk, each found by its place, so that any order of them can be read.
 
-    Items: (PIL image, label). Image i is the i-th of all shards, one after the other.
+    Items: (PIL image, label). Image i is the i-th of all shards, one after the other. Where in its shard an image lies
+    is found out when the first of the shard is read, by one loader process for all: to find an image takes a thirtieth
+    of the time that its decoding does, which many processes and epochs would each spend anew.
 
     Args:
         reader: timm's, which has found the shards and knows which of a sample's files is what.
 
     Raises:
-        OSError: a shard is missing. An item raises it where a shard ends before it.
+        OSError: a shard is missing. An item raises it where its shard has no image or no label in its place.
     """
 
     def __init__(self, reader: reader_wds.ReaderWds):
@@ -163,12 +167,16 @@ class Shards(Dataset):
         if len(lengths) != len(self.paths):
             lengths = [len(samples_in(path)) for path in self.paths]
         self.ends = np.cumsum(lengths)
+        json_holds_label = reader.target_keys or reader.target_key or reader.split_info.alt_label
+        self.label_suffix = "json" if json_holds_label else "cls"
+        # of each image and of its label: where it begins, which is 0 where there is none, and its bytes
+        self.places = torch.full((len(self), 4), UNKNOWN).share_memory_()
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.decoded(index, self.sample(index))
+        return self.decoded(*self.stored(index))
 
     def bytes_of(self, index: int) -> tuple[bytes, int]:
         """An image's file as it is stored, and its label.
@@ -176,66 +184,76 @@ class Shards(Dataset):
         Raises:
             OSError: as an item.
         """
-        sample = self.sample(index)
-        suffix = next((suffix for suffix in self.reader.input_key.split(";") if suffix in sample), None)
-        if suffix is None:
-            raise OSError(f"{self.filename(index)} has no {self.reader.input_key}")
-        content, sample[suffix] = sample[suffix], PIXEL  # timm's decoder gives the label with the image alone
-        reader = self.reader
-        if "cls" in sample and not (reader.target_keys or reader.target_key or reader.split_info.alt_label):
-            return content, self.class_of(
-                int(sample["cls"])
-            )  # to decode a pixel would take a twentieth of a photograph
-        return content, self.decoded(index, sample)[1]
+        content, label = self.stored(index)
+        if self.label_suffix == "cls":
+            return content, self.class_of(int(label))
+        return content, self.decoded(PIXEL, label)[1]  # timm gives this label with an image alone
 
-    def sample(self, index: int) -> dict[str, Any]:
-        """The files of a sample, by suffix."""
-        path, place = self.place_of(index)
-        samples = samples_in(path)
-        if place >= len(samples):
-            raise OSError(f"{path} ends before its image {place}")
-        key, parts = samples[place]
-        sample: dict[str, Any] = {"__key__": key}
-        with open(path, "rb", buffering=0) as file:
-            for suffix, (start, size) in parts.items():
-                file.seek(start)
-                sample[suffix] = file.read(size)
-        return sample
+    def stored(self, index: int) -> tuple[bytes, bytes]:
+        """The files that hold an image and its label."""
+        shard, _ = self.place_of(index)
+        if UNKNOWN in self.places[index].tolist():
+            self.look_into(shard)
+        start, size, label_start, label_size = self.places[index].tolist()
+        if not (start and label_start):
+            raise OSError(f"{self.filename(index)} has no {'label' if start else self.reader.input_key}")
+        with open(self.paths[shard], "rb", buffering=0) as file:
+            content, label = (os.pread(file.fileno(), *part) for part in ((size, start), (label_size, label_start)))
+        if (len(content), len(label)) != (size, label_size):
+            raise OSError(f"{self.paths[shard]} ends within {self.filename(index)}")
+        return content, label
 
-    def decoded(self, index: int, sample: dict[str, Any]) -> tuple[Image.Image, int]:
-        """What timm makes of a sample."""
+    def look_into(self, shard: int) -> None:
+        """Notes where the images and labels of a shard lie. Processes that do so at once note the same."""
+        suffixes = self.reader.input_key.split(";")
+        rows = []
+        for _, parts in samples_in(self.paths[shard]):
+            image = next((parts[suffix] for suffix in suffixes if suffix in parts), (0, 0))
+            rows.append((*image, *parts.get(self.label_suffix, (0, 0))))
+        first, last = self.range_of(shard)
+        rows += [(0, 0, 0, 0)] * (last - first - len(rows))  # it is cut short
+        self.places[first:last] = torch.tensor(rows[: last - first])
+
+    def decoded(self, content: bytes, label: bytes) -> tuple[Image.Image, int]:
+        """What timm makes of a sample.
+
+        Raises:
+            OSError: it has no label. PIL's errors and timm's, where it has no image or its label cannot be read.
+        """
         reader = self.reader
-        try:
-            decoded = reader_wds._decode(
-                sample,
-                image_key=reader.input_key,
-                image_mode=reader.input_img_mode,
-                target_key=reader.target_keys or reader.target_key,
-                alt_label=reader.split_info.alt_label,
-            )
-        except KeyError as error:
-            raise OSError(f"{self.filename(index)} has no {error}") from error
+        suffix = reader.input_key.partition(";")[0]
+        decoded = reader_wds._decode(
+            {suffix: content, self.label_suffix: label},
+            image_key=suffix,
+            image_mode=reader.input_img_mode,
+            target_key=reader.target_keys or reader.target_key,
+            alt_label=reader.split_info.alt_label,
+        )
         if decoded is None:
-            raise OSError(f"{self.filename(index)} has no label")
+            raise OSError("timm takes the label for none")
         return decoded["jpg"], self.class_of(decoded["target"])
 
     def class_of(self, target: int) -> int:
         """What trainer and model call a label of the shards."""
         return self.reader.class_to_idx[target] if self.reader.remap_class else target
 
-    def place_of(self, index: int) -> tuple[Path, int]:
+    def place_of(self, index: int) -> tuple[int, int]:
         """The shard that holds an image, and where among its images."""
         shard = int(np.searchsorted(self.ends, index, side="right"))
-        return self.paths[shard], index - int(self.ends[shard - 1] if shard else 0)
+        return shard, index - self.range_of(shard)[0]
+
+    def range_of(self, shard: int) -> tuple[int, int]:
+        """A shard's first image, and the one after its last."""
+        return int(self.ends[shard - 1]) if shard else 0, int(self.ends[shard])
 
     def filename(self, index: int, absolute: bool = True) -> str:
         """What names an image: its key and its shard."""
-        path, place = self.place_of(index)
-        samples = samples_in(path)
-        return f"{samples[place][0] if place < len(samples) else f'image {place}'} of {path}"
+        shard, place = self.place_of(index)
+        samples = samples_in(self.paths[shard])
+        return f"{samples[place][0] if place < len(samples) else f'image {place}'} of {self.paths[shard]}"
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=2)  # an image that cannot be read is named more than once
 def samples_in(path: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     """The samples of a shard, in order: key, and for each of its files the suffix, where it begins and its bytes.
 

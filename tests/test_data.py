@@ -506,6 +506,45 @@ def test_a_shard_that_is_cut_short_counts_what_is_missing(shards, tmp_path):
     assert names == ["1007", "image 10", "image 11", "image 8", "image 9"]
 
 
+def test_what_one_process_finds_in_a_shard_all_know(shards, monkeypatch):
+    """Loader processes that each look through each shard take longer for that than for its images."""
+    args = settings(*shards, "--num-workers", "2")
+    data = open_data_set(args, train=True)
+    first = labels_of(training_loader(args, data, ALONE)[0])
+    monkeypatch.setattr("common.data.samples_in", None)
+    args.num_workers = 0  # a loader process that fails here would leave the other one waiting
+    assert labels_of(training_loader(args, data, ALONE)[0]) == first
+
+
+def test_labels_of_shards_may_be_in_json_and_samples_may_lack_a_part(shards, tmp_path):
+    """As the second shard has it, in which one sample has no image, one no label and one two images."""
+    place = tmp_path / "shards"
+    info = json.loads((place / "_info.json").read_text())
+    info["splits"]["train"] |= {"alt_label": "kind", "shard_lengths": [12, 5], "num_samples": 17}
+    (place / "_info.json").write_text(json.dumps(info))
+    image = io.BytesIO()
+    photo().save(image, "PNG")
+    jpeg = io.BytesIO()
+    photo(40, 30).save(jpeg, "JPEG")
+    files = {"a.png": image.getvalue(), "a.txt": b"words", "a.json": b'{"kind": 7}', "b.json": b'{"kind": 1}',
+             "c.JPG": jpeg.getvalue(), "c.cls": b"3", "d.png": image.getvalue(), "d.jpg": jpeg.getvalue(),
+             "d.json": b'{"kind": 5}', "e.jpg": jpeg.getvalue(), "e.json": b'{"kind": -1}'}  # fmt: skip
+    with tarfile.open(place / "digits-train-0001.tar", "w") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    data = open_data_set(settings(*shards), train=True)
+    for index, size, label, content in ((12, photo().size, 7, image), (15, (30, 40), 5, jpeg)):
+        assert (data[index][0].size, data[index][1]) == (size, label)
+        assert data.bytes_of(index) == (content.getvalue(), label)
+    for index, words in ((13, "b of .*0001.tar has no jpg;png;webp"), (14, "c of .*0001.tar has no label"),
+                         (16, "timm takes the label for none")):  # fmt: skip
+        for read in (data.bytes_of, data.__getitem__):
+            with pytest.raises(OSError, match=words):
+                read(index)
+
+
 def test_shards_that_are_not_there_are_named(shards, tmp_path):
     (tmp_path / "shards" / "digits-train-0001.tar").unlink()
     with pytest.raises(ValueError, match=r"1 of 2 shards are not on this disk, such as .*digits-train-0001\.tar"):
