@@ -7,7 +7,8 @@
     python scripts/benchmark.py growth deit --variant small_400 --plot growth.png
 
 step        a training step: images/s, where its time goes, memory, arithmetic, what is sent between processes
-data        images/s that a core makes of JPEGs, for the recipes' augmentations
+data        images/s that a core makes of JPEGs, for the recipes' augmentations; with --data-set wds/photographs, of
+            JPEGs in a shard
 end-to-end  a short real training with loader processes: images/s, and the share of time spent waiting for data
 save        a checkpoint written while training goes on: for how long a step waits, beside what a step takes
 start       seconds until --help is there, and until the first training step is done, of each recipe

@@ -202,7 +202,7 @@ def data(recipe: Recipe, flags: Sequence[str]) -> None:
         }
         first = next(iter(args.values()))
         if first.data_path == folder:
-            pipelines.make_photographs(Path(folder), min(64, first.images))
+            pipelines.make_data(first, min(64, first.images))
         found = pipelines.measure_pipelines(args, first.images, first.rounds)
         figures: list[dict[str, Any]] = []
         for row in found:
@@ -231,7 +231,7 @@ def end_to_end(recipe: Recipe, flags: Sequence[str]) -> None:
         modes = modes_of(recipe, flags, folder)
         args = modes[0].args
         if args.data_path == folder:
-            pipelines.make_photographs(Path(folder), args.images)
+            pipelines.make_data(args, args.images)
         with started(args.device) as process:
             trainings = [pipelines.prepare_training(recipe, mode, process, args.images) for mode in modes]
             with pipelines.closed(trainings):

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
+import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -67,6 +69,13 @@ class Measured:
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
 
+def make_data(args: argparse.Namespace, images: int) -> None:
+    """Photographs in the folder of the data, as files or, where the data set is one of shards, in a shard."""
+    folder = make_photographs(Path(args.data_path), images)
+    if args.data_set.startswith("wds/"):
+        pack(folder)
+
+
 def make_photographs(folder: Path, images: int) -> Path:
     """A folder of JPEGs as ImageNet has them: 500 x 375 pixels cut from the two photographs that come with
     scikit-learn, each at a place, a side and a brightness of its own; quality 95, so 60 to 100 kB each."""
@@ -86,6 +95,23 @@ def make_photographs(folder: Path, images: int) -> Path:
             Image.fromarray(cut).save(encoded, "JPEG", quality=95)
             path.write_bytes(encoded.getvalue())
     return folder
+
+
+def pack(folder: Path) -> None:
+    """Adds a WebDataset shard of each split of an ImageNet-style folder, and timm's _info.json of them."""
+    splits: dict[str, dict[str, Any]] = {}
+    for split, source in (("train", "train"), ("validation", "val")):
+        paths = sorted((folder / source).rglob("*.jpg"), key=lambda path: path.name)
+        name = f"{split}-0000.tar"
+        with tarfile.open(folder / name, "w") as shard:
+            for path in paths:
+                shard.add(path, path.name)
+                label = str(CLASSES.index(path.parent.name)).encode()
+                entry = tarfile.TarInfo(path.with_suffix(".cls").name)
+                entry.size = len(label)
+                shard.addfile(entry, io.BytesIO(label))
+        splits[split] = {"name": split, "filenames": [name], "shard_lengths": [len(paths)], "num_samples": len(paths)}
+    (folder / "_info.json").write_text(json.dumps({"splits": splits}))
 
 
 def measure_pipelines(rows: dict[str, argparse.Namespace], images: int, rounds: int) -> list[Measured]:

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 from common.args import parse
+from common.data import open_data_set
 from common.dist import Process
 from common.errors import StopTraining
-from scripts import benchmark, growth, measure, plan, team, timing
+from scripts import benchmark, growth, measure, pipelines, plan, team, timing
 from scripts.draw import draw
 from scripts.figures import short
 from scripts.measure import modes_of
@@ -155,6 +156,20 @@ def test_data(tmp_path):
             assert speed["median"] > 0 and row["ms_per_image"][pipeline]["median"] > 0
         assert row["to_first"]["PIL"]["median"] == 1
     assert "ThreeAugment" in printed
+
+
+def test_data_makes_shards_of_its_photographs(tmp_path):
+    pytest.importorskip("webdataset")
+    entry, _ = measured(tmp_path, "data", "--data-set", "wds/photographs", "--images", "2", "--rounds", "1")
+    assert all(row["images_per_second"]["fast"]["median"] > 0 for row in entry["figures"])
+    assert entry["args"]["data_set"] == "wds/photographs"
+    made = pipelines.make_photographs(tmp_path / "photographs", 6)
+    pipelines.pack(made)
+    folder, shards = (
+        open_data_set(parse(RECIPES["deit"], ["--data-path", str(made), *more]), train=True)
+        for more in ([], ["--data-set", "wds/photographs"])
+    )
+    assert sorted(map(folder.bytes_of, range(6))) == sorted(map(shards.bytes_of, range(6)))
 
 
 def test_end_to_end_with_loader_processes(tmp_path):
