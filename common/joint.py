@@ -139,7 +139,8 @@ class DoubledBatch(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.mask, PixelMask):
-            x = torch.cat([x, self.mask.hide(x, self.ratio) if self.model.training else x])
+            hidden = self.mask.hide(x, self.ratio) if self.model.training else x
+            x = torch.cat([x.to(hidden.dtype), hidden])  # autocast's, where there is one
         elif self.mask is None:
             x = torch.cat([x, x])
         self.on = True

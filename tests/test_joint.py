@@ -122,6 +122,18 @@ def test_images_are_embedded_once_where_patches_are_hidden():
         assert seen == [4]
 
 
+def test_doubled_images_are_of_autocasts_type():
+    """Two float32 copies of them would lie there during the step."""
+    model = small("convnext_atto")
+    joint, seen = join(AugSub(model, "masking", 0.5), model), []
+    assert joint.mask.name == "pixel blocks"
+    model.register_forward_pre_hook(lambda module, x: seen.append((len(x[0]), x[0].dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        joint(images("convnext_atto"))
+    joint(images("convnext_atto"))
+    assert seen == [(8, torch.bfloat16), (8, torch.float32)]
+
+
 def test_stochastic_depth_is_drawn_for_main_and_sub_model_apart():
     """Each of the four cases, of a rate of 1/2, has a quarter of the images; an image's tokens go together."""
     torch.manual_seed(0)
