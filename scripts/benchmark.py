@@ -15,13 +15,13 @@ start       seconds until --help is there, and until the first training step is 
 growth      time per image over batch size, image size, model size and number of processes, beside what the arithmetic
             alone would take; with one thread, and no images mixed, unless flags say otherwise
 
-The first word after the command is a recipe (deit). Flags are those of its trainer, --variant and --model among them,
-and without either its small model for the digits is measured; --augsub takes several drops, with commas between them:
-none, masking, dropout, droppath, and each of the drops with -joint behind it, for --augsub-joint. What is compared
-takes turns, so that a machine that is slow for a while is so for all; a figure is the median of the turns, and ± half
-the distance of their quartiles. --reference puts a stand-in for the published trainers beside: eager, float32 on a CPU
-and float16 autocast on a GPU, attention that is not fused, an all-reduce for each pass, the loss read and the device
-waited for in every step.
+The first word after the command is a recipe (deit; all for data and start). Flags are those of its trainer, --variant
+and --model among them, and without either its small model for the digits is measured; --augsub takes several drops,
+with commas between them: none, masking, dropout, droppath, and each of the drops with -joint behind it, for --augsub-
+joint. What is compared takes turns, so that a machine that is slow for a while is so for all; a figure is the median
+of the turns, and ± half the distance of their quartiles. --reference puts a stand-in for the published trainers
+beside: eager, float32 on a CPU and float16 autocast on a GPU, attention that is not fused, an all-reduce for each
+pass, the loss read and the device waited for in every step.
 """
 
 from __future__ import annotations
@@ -43,17 +43,19 @@ from scripts.options import with_flags  # noqa: E402
 from scripts.table import RECIPES  # noqa: E402
 
 COMMANDS = ("step", "data", "end-to-end", "save", "growth", "start")
+OF_SEVERAL = ("data", "start")  # these measure all recipes, where none is named
 
 
 def main() -> None:
     """Measures what is asked for; ends with status 2 and one sentence on bad input, with 130 after Ctrl-C."""
-    command, recipe, flags = opening(sys.argv[1:])
+    command, recipes, flags = opening(sys.argv[1:])
     try:
         if {"-h", "--help"} & set(flags):
-            parse(with_flags(recipe), flags)
+            parse(with_flags(recipes[0]), flags)
         from scripts import measure
 
-        getattr(measure, command.replace("-", "_"))(recipe, flags)
+        call = getattr(measure, command.replace("-", "_"))
+        call(recipes if command in OF_SEVERAL else recipes[0], flags)
     except ValueError as error:
         leave(str(error))
     except StopTraining as stop:
@@ -69,15 +71,16 @@ def leave(sentence: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def opening(words: Sequence[str]) -> tuple[str, Recipe, list[str]]:
-    """The command, the recipe and the flags of a command line."""
+def opening(words: Sequence[str]) -> tuple[str, list[Recipe], list[str]]:
+    """The command, the recipe that is named or else all, and the flags of a command line."""
     parser = Parser(description=__doc__, prog="benchmark.py")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("recipe", nargs="?", choices=list(RECIPES), default="deit")
+    parser.add_argument("recipe", nargs="?", choices=list(RECIPES))
     first = list(takewhile(lambda word: not word.startswith("-"), words))
     found = parser.parse_args(first or words)
-    return found.command, RECIPES[found.recipe], list(words[len(first) :])
+    recipes = list(RECIPES.values()) if found.recipe is None else [RECIPES[found.recipe]]
+    return found.command, recipes, list(words[len(first) :])
 
 
 if __name__ == "__main__":

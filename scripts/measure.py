@@ -21,7 +21,8 @@ from scripts import pipelines, plan, timing
 from scripts.figures import aligned, shown, spread
 from scripts.options import add_flags, check_writable, with_flags
 from scripts.startup import BATCH, LOOKS, measure_starts
-from scripts.table import RECIPES, SHORT
+from scripts.table import SHORT
+from scripts.team import communication
 
 JOINT = "-joint"
 ROWS = {"deit": "small_400", "mae": "base_100", "swin": "tiny", "resnet_rsb": "resnet50"}  # that stand for a recipe
@@ -84,13 +85,13 @@ def step(recipe: Recipe, flags: Sequence[str]) -> None:
             for dtype, values in rates.items():
                 values.append(timing.matrix_rate(process.device, dtype))
         waits = [timing.waits_of(recipe, mode, process) if args.profile else None for mode in modes]
-        sent = timing.communication(recipe, modes) if args.communication else [None for _ in modes]
+        sent = communication(recipe, modes) if args.communication else [None for _ in modes]
         figures = []
         for subject, dtype, waited, counted in zip(subjects, dtypes, waits, sent):
             counts = {"waits": waited, "communication": counted}
             figures.append(figures_of(recipe, subject, dtype, rates[dtype]) | counts)
         compare(figures, [subject.seconds for subject in subjects], [subject.cpu for subject in subjects])
-        report(recipe, args, process, "step", model_of(recipe, args), figures)
+        report([recipe], args, process, "step", model_of(recipe, args), figures)
     print(table_of_time(figures), table_of_work(figures), sep="\n\n")
     if args.profile:
         times = ", ".join(f"{short(f)} {f['waits']['waits']}" for f in figures)
@@ -192,13 +193,12 @@ def table_of_work(figures: list[dict[str, Any]]) -> str:
     return aligned([head, *rows]) + f"\n{note}"
 
 
-def data(recipe: Recipe, flags: Sequence[str]) -> None:
+def data(recipes: Sequence[Recipe], flags: Sequence[str]) -> None:
     """Images a second that a core makes of JPEGs, for a row of each recipe."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = {name: ["--variant", variant] for name, variant in ROWS.items()}
         args = {
-            name: modes_of(RECIPES[name], ["--augsub", "none", *row, *flags], folder)[0].args
-            for name, row in rows.items()
+            recipe.name: modes_of(recipe, ["--augsub", "none", "--variant", ROWS[recipe.name], *flags], folder)[0].args
+            for recipe in recipes
         }
         first = next(iter(args.values()))
         if first.data_path == folder:
@@ -214,7 +214,7 @@ def data(recipe: Recipe, flags: Sequence[str]) -> None:
                 "ms_per_image": {p: spread([1000 * s for s in seconds]) for p, seconds in row.seconds.items()},
                 "to_first": {p: spread([a / b for a, b in zip(base, s)]) for p, s in row.seconds.items()},
             })  # fmt: skip
-        report(recipe, first, Process(torch.device("cpu")), "data", "data", figures)
+        report(recipes, first, Process(torch.device("cpu")), "data", "data", figures)
     names = list(pipelines.PIPELINES)
     head = ["images/s on one core", "augmentation", *names, *(f"{name} / {names[0]}" for name in names[1:])]
     lines = []
@@ -248,7 +248,7 @@ def end_to_end(recipe: Recipe, flags: Sequence[str]) -> None:
                     "images_per_second": spread([images / seconds for images, seconds, _ in training.rounds]),
                     "waiting": spread([waited / seconds for _, seconds, waited in training.rounds]),
                 })  # fmt: skip
-            report(recipe, args, process, "end-to-end", model_of(recipe, args), figures)
+            report([recipe], args, process, "end-to-end", model_of(recipe, args), figures)
     head = ["", "images/s", "waiting for data", "loader processes"]
     lines = [
         [f["name"], shown(f["images_per_second"], 1), f"{f['waiting']['median']:.1%}", str(f["loader_processes"])]
@@ -278,7 +278,7 @@ def save(recipe: Recipe, flags: Sequence[str]) -> None:
                 "write": spread(writes),
                 "step_beside": spread(beside),
             })  # fmt: skip
-        report(recipe, args, process, "save", model_of(recipe, args), figures)
+        report([recipe], args, process, "save", model_of(recipe, args), figures)
     head = ["", "parameters", "file", "s a step", "s a step waits", "s a write", "s a step beside it"]
     lines = []
     for f in figures:
@@ -295,29 +295,30 @@ def growth(recipe: Recipe, flags: Sequence[str]) -> None:
     args, sweeps = sweeps_of(recipe, flags, modes_of)
     with started(args.device) as process:
         figures = [measured(recipe, sweep, process) for sweep in sweeps]
-        report(recipe, args, process, "growth", model_of(recipe, args), figures)
+        report([recipe], args, process, "growth", model_of(recipe, args), figures)
     print(*map(table_of, figures), sep="\n\n")
     if args.plot is not None:
         on = timing.machine(process.device)
         where = on["gpu"] or f"{on['cpu']}, {on['threads']} thread{'s' * (on['threads'] > 1)} a process"
         dtype = figures[0]["points"][0]["figures"][0]["dtype"]
-        what = f"{model_of(recipe, args)}, {dtype}; {where}; medians and quartiles of {args.rounds} turns"
+        turns = f"medians and quartiles of {args.rounds} turns" if args.rounds > 1 else "one turn"
+        what = f"{model_of(recipe, args)}, {dtype}; {where}; {turns}"
         draw(Path(args.plot), figures, what)
 
 
-def start(recipe: Recipe, flags: Sequence[str]) -> None:
+def start(recipes: Sequence[Recipe], flags: Sequence[str]) -> None:
     """Seconds that a user waits for each recipe's entry point."""
-    args = modes_of(recipe, ["--augsub", "none", *flags])[0].args
+    args = modes_of(recipes[0], ["--augsub", "none", *flags])[0].args
     own = Parser(add_help=False, prog="benchmark.py")
     add_flags(own)
     _, rest = own.parse_known_args(list(flags))
-    found = measure_starts(ROWS, rest, args.rounds)
+    found = measure_starts({recipe.name: ROWS[recipe.name] for recipe in recipes}, rest, args.rounds)
     figures: list[dict[str, Any]] = [
         {"name": entry.recipe, "row": entry.row, "seconds": {look: spread(entry.seconds[look]) for look in LOOKS}}
         for entry in found
     ]
     what = f"seconds from the command, first step of {BATCH} images on JPEGs"
-    report(recipe, args, Process(torch.device("cpu")), "start", what, figures)
+    report(recipes, args, Process(torch.device("cpu")), "start", what, figures)
     head = ["", "--help", "first step on the digits", "of a row", ""]
     lines = [[f["name"], *(shown(f["seconds"][look], 2) for look in LOOKS), f["row"]] for f in figures]
     print(aligned([head, *lines]))
@@ -329,7 +330,7 @@ def model_of(recipe: Recipe, args: argparse.Namespace) -> str:
 
 
 def report(
-    recipe: Recipe,
+    recipes: Sequence[Recipe],
     args: argparse.Namespace,
     process: Process,
     command: str,
@@ -344,7 +345,7 @@ def report(
     where = timing.machine(process.device)
     entry = {
         "benchmark": command,
-        "recipe": recipe.name,
+        "recipe": ", ".join(recipe.name for recipe in recipes),
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "machine": where,
         "rounds": args.rounds,

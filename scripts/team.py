@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import os
 import tempfile
 from multiprocessing import resource_tracker
@@ -14,6 +16,7 @@ import torch.multiprocessing as mp
 
 from common.dist import Process
 from common.errors import StopTraining
+from common.recipe import Recipe
 from common.signals import uninterrupted
 from scripts import timing
 
@@ -24,9 +27,10 @@ class Team:
     Args:
         recipe: its name.
         device: "cpu", or "cuda" for a GPU each.
+        counted: count what is sent, by a hook that takes time.
     """
 
-    def __init__(self, recipe: str, modes: list[timing.Mode], members: int, device: str):
+    def __init__(self, recipe: str, modes: list[timing.Mode], members: int, device: str, counted: bool = False):
         context = mp.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
@@ -35,7 +39,7 @@ class Team:
         with uninterrupted():  # `end` ends them
             for rank in range(members):
                 ours, theirs = context.Pipe()
-                words = (theirs, self.folder.name, recipe, modes, rank, members, device)
+                words = (theirs, self.folder.name, recipe, modes, rank, members, device, counted)
                 self.members.append(context.Process(target=_train, args=words, daemon=True))
                 self.members[-1].start()
                 theirs.close()
@@ -49,7 +53,8 @@ class Team:
 
     def facts(self) -> dict[str, Any]:
         """What shows that they trained together: "world_size" as each knows it, its "pids" and, for each mode, the sum
-        of its "weights", which had different images and the same gradients."""
+        of its "weights", which had different images and the same gradients; where it is counted, what each "sent" in
+        the last turn."""
         found = self._ask(None)
         return {name: [fact[name] for fact in found] for name in found[0]}
 
@@ -80,9 +85,28 @@ class Team:
         return [said[pipe] for pipe in self.pipes]
 
 
+def communication(recipe: Recipe, modes: list[timing.Mode]) -> list[dict[str, int]]:
+    """What one of two processes gives DDP to reduce in a step of each mode: "bytes" of gradients, and "all_reduces".
+
+    Counted by a communication hook in two real processes over gloo on the CPU, at a batch of two images.
+    """
+    small = {"batch_size": 2, "device": "cpu", "amp": "off", "compile": False, "channels_last": False, "threads": 1,
+             "steps": 1, "warmup": 1}  # fmt: skip
+    modes = [dataclasses.replace(mode, args=argparse.Namespace(**vars(mode.args) | small)) for mode in modes]
+    gang = Team(recipe.name, modes, 2, "cpu", counted=True)
+    try:
+        for place in range(len(modes)):
+            gang.turn(place)
+        first, _ = gang.facts()["sent"]
+    finally:
+        gang.end()
+    return [{"bytes": sum(b for _, b in sent), "all_reduces": sum(at == 0 for at, _ in sent)} for sent in first]
+
+
 def _train(
-    pipe: Connection, folder: str, recipe: str, modes: list[timing.Mode], rank: int, members: int, kind: str
-) -> None:
+    pipe: Connection, folder: str, recipe: str, modes: list[timing.Mode], rank: int, members: int, kind: str,
+    counted: bool,
+) -> None:  # fmt: skip
     from scripts.table import RECIPES
 
     args = modes[0].args
@@ -94,7 +118,7 @@ def _train(
     torch_dist.init_process_group(backend, init_method=at, rank=rank, world_size=members)
     process = Process(device, rank, members, rank)
     with timing.silent():  # DDP warns of a pass in which, after all, no parameter is unused
-        subjects = [timing.warm_subject(RECIPES[recipe], mode, process, args.warmup) for mode in modes]
+        subjects = [timing.warm_subject(RECIPES[recipe], mode, process, args.warmup, counted) for mode in modes]
     pipe.send(None)
     while True:
         try:
@@ -103,8 +127,10 @@ def _train(
             return
         if place is None:
             sums = [sum(p.double().sum().item() for p in subject.trainer.bare.parameters()) for subject in subjects]
-            pipe.send({"world_size": torch_dist.get_world_size(), "pids": os.getpid(), "weights": sums})
+            facts = {"world_size": torch_dist.get_world_size(), "pids": os.getpid(), "weights": sums}
+            pipe.send(facts | ({"sent": [subject.sent for subject in subjects]} if counted else {}))
             continue
         torch_dist.barrier()
+        subjects[place].sent.clear()
         subjects[place].round(args.steps)
         pipe.send((subjects[place].rounds[-1], subjects[place].cpu[-1]))

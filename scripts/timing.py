@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
-import torch.multiprocessing as mp
 from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.autograd import DeviceType
@@ -196,6 +195,7 @@ class Subject:
         peak: bytes of tensors at the fullest moment of a step.
         rounds: seconds a step of each part, one entry a round.
         cpu: seconds a step that this process had the cores, all threads together, one entry a round.
+        sent: of each bucket of gradients that was reduced, where they are counted: its place among a pass's, its bytes.
     """
 
     mode: Mode
@@ -205,6 +205,7 @@ class Subject:
     peak: int = 0
     rounds: list[dict[str, float]] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    sent: list[tuple[int, int]] = field(default_factory=list)
     done: int = 0
 
     def step(self) -> None:
@@ -246,12 +247,14 @@ def prepare_subject(recipe: Recipe, mode: Mode, process: Process, warmup: int) -
     return subject
 
 
-def warm_subject(recipe: Recipe, mode: Mode, process: Process, warmup: int) -> Subject:
+def warm_subject(recipe: Recipe, mode: Mode, process: Process, warmup: int, counted: bool = False) -> Subject:
     """Builds a mode and warms it up (a compiled model is compiled here). Each process has images of its own."""
     trainer = build(recipe, mode, process)
     trainer.bare.train(trainer.train_mode)
     batches = random_batches(mode.args, process.device, seed=process.rank)
     subject = Subject(mode, trainer, batches, Stopwatch(trainer))
+    if counted:
+        subject.sent = count_reductions(trainer)
     for _ in range(max(1, warmup)):
         subject.step()
     return subject
@@ -416,46 +419,12 @@ def _callers(event: Any) -> Iterator[str]:
         event = event.cpu_parent
 
 
-def communication(recipe: Recipe, modes: list[Mode]) -> list[dict[str, int]]:
-    """What one of two processes gives DDP to reduce in a step of each mode: "bytes" of gradients, and "all_reduces".
-
-    Counted by a communication hook in two real processes over gloo on the CPU, at a batch of two images.
-    """
-    small = ["batch_size", "device", "amp", "compile", "channels_last"]
-    modes = [
-        dataclasses.replace(
-            mode, args=argparse.Namespace(**vars(mode.args) | dict(zip(small, (2, "cpu", "off", False, False))))
-        )
-        for mode in modes
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_count_bytes, args=(folder, recipe.name, modes), nprocs=2)
-        return json.loads(Path(folder, "counted.json").read_text())
-
-
-def _count_bytes(rank: int, folder: str, recipe: str, modes: list[Mode]) -> None:
-    from scripts.table import RECIPES
-
-    torch.set_num_threads(1)
-    torch_dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    counted = []
-    for mode in modes:
-        process = Process(torch.device("cpu"), rank, 2, rank)
-        trainer = build(RECIPES[recipe], mode, process)
-        trainer.bare.train(trainer.train_mode)
-        sizes: list[tuple[int, int]] = []  # of each bucket as it is reduced: its place, bytes
-
-        # as a lambda, because DDP takes annotations for types, which here are strings
-        trainer.model.register_comm_hook(sizes, lambda state, bucket: _reduce(state, bucket))  # type: ignore[operator]
-        batches = random_batches(mode.args, process.device)
-        with silent():  # DDP warns of the pass in which, after all, no parameter is unused
-            Subject(mode, trainer, batches, Stopwatch(trainer)).step()
-        counted.append({"bytes": sum(b for _, b in sizes), "all_reduces": sum(place == 0 for place, _ in sizes)})
-        trainer = None  # type: ignore[assignment]  # DDP goes before its process group does
-    if rank == 0:
-        Path(folder, "counted.json").write_text(json.dumps(counted))
-    torch_dist.barrier()
-    torch_dist.destroy_process_group()
+def count_reductions(trainer: Trainer) -> list[tuple[int, int]]:
+    """Has DDP note what it reduces, from the first step on → its list of each bucket's place and bytes."""
+    sizes: list[tuple[int, int]] = []
+    # as a lambda, because DDP takes annotations for types, which here are strings
+    trainer.model.register_comm_hook(sizes, lambda state, bucket: _reduce(state, bucket))  # type: ignore[operator]
+    return sizes
 
 
 def _reduce(sizes: list[tuple[int, int]], bucket: torch_dist.GradBucket) -> torch.futures.Future[Tensor]:

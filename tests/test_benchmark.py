@@ -160,7 +160,8 @@ def test_data(tmp_path):
 
 def test_data_makes_shards_of_its_photographs(tmp_path):
     pytest.importorskip("webdataset")
-    entry, _ = measured(tmp_path, "data", "--data-set", "wds/photographs", "--images", "2", "--rounds", "1")
+    entry, _ = measured(tmp_path, "data", "swin", "--data-set", "wds/photographs", "--images", "2", "--rounds", "1")
+    assert [row["name"] for row in entry["figures"]] == ["swin"], "the one that is named"
     assert all(row["images_per_second"]["fast"]["median"] > 0 for row in entry["figures"])
     assert entry["args"]["data_set"] == "wds/photographs"
     made = pipelines.make_photographs(tmp_path / "photographs", 6)
