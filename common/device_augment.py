@@ -147,15 +147,20 @@ def blend(degenerate: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
 
 
 def between_two(pixels: Sequence[Tensor], d: Tensor) -> Tensor:
-    """Linear, as PIL has it: where pixels are alike the result is they, which weights that are rounded would miss."""
+    """Linear. pixels: each (n, 3, H, W), in order; d: (n, 1, H, W), from the one before."""
     a, b = pixels
     return a + (b - a) * d
 
 
 def between_four(pixels: Sequence[Tensor], d: Tensor) -> Tensor:
-    """As `between_two`; the cubic has a = -1, which in PIL is that of Image.transform alone."""
+    """Cubic, with a = -1, which in PIL is that of Image.transform alone; as `between_two`.
+
+    By differences from one of the pixels: where all are alike the result is they, which weights whose rounded sum is
+    below 1 would miss.
+    """
     before, a, b, after = pixels
-    return a + d * (b - before + d * (2 * (before - a) + b - after + d * (a - before + after - b)))
+    e = 1 - d
+    return a + (before - a) * (-d * e * e) + (b - a) * (d + d * d * e) + (after - a) * (-d * d * e)
 
 
 def nearest(pixels: Sequence[Tensor], d: Tensor) -> Tensor:

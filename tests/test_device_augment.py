@@ -133,7 +133,8 @@ def test_affine_operations_are_pils_up_to_a_rounding(filtering, name, number):
 
 @pytest.mark.parametrize("filtering", ["bilinear", "bicubic"])
 def test_what_is_of_one_colour_stays_so_between_pixels(filtering):
-    """As in PIL, at all grey levels: weights whose sum is just below 1 made 254 of 255, and equalize more of it."""
+    """As in PIL, at all grey levels: a cubic's weights, whose sum may be just below 1, would make 254 of 255, and
+    equalize more of it."""
     levels = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()
     for shift in np.linspace(-3, 3, 41):
         numbers = torch.tensor([[1.0, 0.03, shift, -0.02, 1.0, shift / 3]]).repeat(256, 1)
