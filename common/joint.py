@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.augsub import AugSub
-from common.masking import BlockMask, PixelMask, TokenMask, patch_embedding
+from common.masking import BlockMask, PixelMask, TokenMask, in_autocast_type, patch_embedding
 
 
 def join(augsub: AugSub, model: nn.Module) -> nn.Module | None:
@@ -139,9 +139,10 @@ class DoubledBatch(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.mask, PixelMask):
-            hidden = self.mask.hide(x, self.ratio) if self.model.training else x
-            x = torch.cat([x.to(hidden.dtype), hidden])  # autocast's, where there is one
+            x = in_autocast_type(x)
+            x = torch.cat([x, self.mask.hide(x, self.ratio) if self.model.training else x])
         elif self.mask is None:
+            x = in_autocast_type(x)
             x = torch.cat([x, x])
         self.on = True
         try:

@@ -147,16 +147,20 @@ class PixelMask(BlockMask):
         return (self.hide(x, self.ratio), *rest)
 
     def hide(self, x: Tensor, ratio: float) -> Tensor:
-        """x: images (B, 3, H, W), with a share of the blocks set to 0.
-
-        Under autocast in its type, which the first layer would make of them anyway: a second copy in float32 would lie
-        there during the whole pass.
-        """
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        """x: images (B, 3, H, W), with a share of the blocks set to 0, in autocast's type."""
+        x = in_autocast_type(x)
         mask = block_mask(len(x), (x.shape[-2], x.shape[-1]), (self.block, self.block), ratio, x.device)
         return x.masked_fill(mask[:, None], 0)
+
+
+def in_autocast_type(images: Tensor) -> Tensor:
+    """Images for a copy of them to be made: in float32 it would lie there during the whole pass, and under autocast the
+    first layer makes its own type of them anyway.
+    """
+    kind = images.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return images.to(torch.get_autocast_dtype(kind))
+    return images
 
 
 def patch_embedding(model: nn.Module) -> nn.Module | None:

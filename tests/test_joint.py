@@ -122,11 +122,12 @@ def test_images_are_embedded_once_where_patches_are_hidden():
         assert seen == [4]
 
 
-def test_doubled_images_are_of_autocasts_type():
+@pytest.mark.parametrize(("kind", "mask"), [("masking", "pixel blocks"), ("dropout", None), ("droppath", None)])
+def test_doubled_images_are_of_autocasts_type(kind, mask):
     """Two float32 copies of them would lie there during the step."""
     model = small("convnext_atto")
-    joint, seen = join(AugSub(model, "masking", 0.5), model), []
-    assert joint.mask.name == "pixel blocks"
+    joint, seen = join(AugSub(model, kind, 0.5), model), []
+    assert getattr(joint.mask, "name", None) == mask
     model.register_forward_pre_hook(lambda module, x: seen.append((len(x[0]), x[0].dtype)))
     with torch.autocast("cpu", torch.bfloat16):
         joint(images("convnext_atto"))
