@@ -256,8 +256,8 @@ def use_deterministic_kernels() -> None:
 
 
 def use_plain_attention(model: nn.Module) -> None:
-    """Has timm's attention multiply matrices in the open: PyTorch's fused kernel for the CPU takes 2.5 times as long in
-    bfloat16, which is a sixth of a step of ViT-S."""
+    """Has timm's attention multiply matrices in the open, since PyTorch's fused kernel for the CPU is slower than that
+    in bfloat16."""
     for module in model.modules():
         if getattr(module, "fused_attn", False):
             module.fused_attn = False  # type: ignore[assignment]
