@@ -516,28 +516,61 @@ def test_what_one_process_finds_in_a_shard_all_know(shards, monkeypatch):
     assert labels_of(training_loader(args, data, ALONE)[0]) == first
 
 
-def test_labels_of_shards_may_be_in_json_and_samples_may_lack_a_part(shards, tmp_path):
-    """As the second shard has it, in which one sample has no image, one no label and one two images."""
-    place = tmp_path / "shards"
-    info = json.loads((place / "_info.json").read_text())
-    info["splits"]["train"] |= {"alt_label": "kind", "shard_lengths": [12, 5], "num_samples": 17}
-    (place / "_info.json").write_text(json.dumps(info))
-    image = io.BytesIO()
-    photo().save(image, "PNG")
-    jpeg = io.BytesIO()
-    photo(40, 30).save(jpeg, "JPEG")
-    files = {"a.png": image.getvalue(), "a.txt": b"words", "a.json": b'{"kind": 7}', "b.json": b'{"kind": 1}',
-             "c.JPG": jpeg.getvalue(), "c.cls": b"3", "d.png": image.getvalue(), "d.jpg": jpeg.getvalue(),
-             "d.json": b'{"kind": 5}', "e.jpg": jpeg.getvalue(), "e.json": b'{"kind": -1}'}  # fmt: skip
-    with tarfile.open(place / "digits-train-0001.tar", "w") as tar:
+def split_as(folder: Path, **facts) -> None:
+    """Changes what _info.json says of the training split."""
+    info = json.loads((folder / "_info.json").read_text())
+    info["splits"]["train"] |= facts
+    (folder / "_info.json").write_text(json.dumps(info))
+
+
+def write_shard(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
         for name, content in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
+
+
+def jpeg() -> bytes:
+    file = io.BytesIO()
+    photo(40, 30).save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_a_shard_may_hold_more_than_its_length(shards, tmp_path):
+    split_as(tmp_path / "shards", shard_lengths=[7, 12], num_samples=19)
     data = open_data_set(settings(*shards), train=True)
-    for index, size, label, content in ((12, photo().size, 7, image), (15, (30, 40), 5, jpeg)):
+    assert [data[i][1] for i in reversed(range(19))] == [*range(23, 11, -1), *range(6, -1, -1)]
+
+
+def test_a_label_that_is_cut_short_is_no_label(shards, tmp_path):
+    """Of the label 22 the shard has the first digit."""
+    path = tmp_path / "shards" / "digits-train-0001.tar"
+    with tarfile.open(path) as shard:
+        cut = shard.getmember("1010.cls").offset_data + 1
+    path.write_bytes(path.read_bytes()[:cut])
+    data = open_data_set(settings(*shards), train=True)
+    assert data[21][1] == 21
+    for read in (data.bytes_of, data.__getitem__):
+        with pytest.raises(OSError, match=r"0001\.tar ends within 1010 of"):
+            read(22)
+
+
+def test_labels_of_shards_may_be_in_json_and_samples_may_lack_a_part(shards, tmp_path):
+    """As the second shard has it, in which one sample has no image, one no label and one two images."""
+    place = tmp_path / "shards"
+    split_as(place, alt_label="kind", shard_lengths=[12, 5], num_samples=17)
+    image = io.BytesIO()
+    photo().save(image, "PNG")
+    png = image.getvalue()
+    write_shard(place / "digits-train-0001.tar", {
+        "a.png": png, "a.txt": b"words", "a.json": b'{"kind": 7}', "b.json": b'{"kind": 1}', "c.JPG": jpeg(),
+        "c.cls": b"3", "d.png": png, "d.jpg": jpeg(), "d.json": b'{"kind": 5}', "e.jpg": jpeg(),
+        "e.json": b'{"kind": -1}'})  # fmt: skip
+    data = open_data_set(settings(*shards), train=True)
+    for index, size, label, content in ((12, photo().size, 7, png), (15, (30, 40), 5, jpeg())):
         assert (data[index][0].size, data[index][1]) == (size, label)
-        assert data.bytes_of(index) == (content.getvalue(), label)
+        assert data.bytes_of(index) == (content, label)
     for index, words in ((13, "b of .*0001.tar has no jpg;png;webp"), (14, "c of .*0001.tar has no label"),
                          (16, "timm takes the label for none")):  # fmt: skip
         for read in (data.bytes_of, data.__getitem__):
