@@ -8,6 +8,8 @@ import pickle
 import random
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -38,7 +40,7 @@ from common.loader import (
 )
 from deit.recipe import RECIPE
 from swin.recipe import RECIPE as SWIN
-from tests.conftest import make_shards
+from tests.conftest import ROOT, make_shards
 
 ALONE = Process(torch.device("cpu"))
 
@@ -537,6 +539,59 @@ def jpeg() -> bytes:
     return file.getvalue()
 
 
+@pytest.fixture
+def opened(monkeypatch) -> list[str]:
+    """The names of the shards that are looked through, in order."""
+    names: list[str] = []
+    real = tarfile.open
+
+    def count(path, *args):
+        names.append(Path(path).name)
+        return real(path, *args)
+
+    monkeypatch.setattr("common.data.tarfile.open", count)
+    return names
+
+
+def test_a_shard_of_unknown_length_is_looked_through_once(shards, tmp_path, opened):
+    folder = tmp_path / "shards"
+    names = [f"digits-train-000{i}.tar" for i in range(4)]  # more than are kept for their names
+    for source, copy in zip(names, names[2:]):
+        shutil.copy(folder / source, folder / copy)
+    split_as(folder, filenames=names, shard_lengths=[])
+    data = open_data_set(settings(*shards), train=True)
+    assert [data[i][1] for i in range(len(data))] == [*range(24), *range(24)]
+    assert opened == names
+
+
+def test_shards_need_no_room_in_dev_shm(shards, tmp_path):
+    """Loader processes know what one of them found, where Docker's 64 MB, here 1 MB, are too few for all places."""
+    small = [
+        "unshare",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=1m none /dev/shm && exec "$@"',
+    ]
+    if shutil.which("unshare") is None or subprocess.run([*small, "sh", "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a /dev/shm of their own")
+    split_as(tmp_path / "shards", shard_lengths=[12, 100_000])
+    code = f"""
+import os
+from common.data import open_data_set
+from tests.test_data import settings
+data = open_data_set(settings(*{shards}), train=True)
+if os.fork() == 0:
+    data.bytes_of(23)
+    os._exit(0)
+os.wait()
+print(data.places[:24].gt(0).all(dim=1).tolist() == [False] * 12 + [True] * 12, os.listdir("/dev/shm"))
+"""
+    done = subprocess.run([*small, "sh", sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True []\n", done.stderr
+
+
 def test_a_shard_may_hold_more_than_its_length(shards, tmp_path):
     split_as(tmp_path / "shards", shard_lengths=[7, 12], num_samples=19)
     data = open_data_set(settings(*shards), train=True)
@@ -554,6 +609,54 @@ def test_a_label_that_is_cut_short_is_no_label(shards, tmp_path):
     for read in (data.bytes_of, data.__getitem__):
         with pytest.raises(OSError, match=r"0001\.tar ends within 1010 of"):
             read(22)
+
+
+@pytest.mark.parametrize(("member", "kept", "words"), [
+    ("1004.jpg", 100, "image 4 of .* has no jpg;png;webp"), ("1004.jpg", 512, "1004 of .* has no label"),
+    ("1004.cls", 100, "1004 of .* has no label"), ("1004.cls", 512, "ends within 1004 of")])  # fmt: skip
+def test_what_a_short_read_hid_is_found_later(member, kept, words, shards, tmp_path):
+    """It ended within or after a header of the fifth sample."""
+    path = tmp_path / "shards" / "digits-train-0001.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as shard:
+        cut = shard.getmember(member).offset + kept
+    path.write_bytes(whole[:cut])
+    data = open_data_set(settings(*shards), train=True)
+    assert [data[i][1] for i in range(12, 16)] == [12, 13, 14, 15]
+    for index, reason in ((16, words), (23, "image 11 of .* has no jpg;png;webp")):
+        with pytest.raises(OSError, match=reason):
+            data[index]
+    path.write_bytes(whole)
+    assert [data[i][1] for i in range(12, 24)] == [*range(12, 24)]
+
+
+def test_a_short_read_takes_nothing_from_other_processes(shards, tmp_path):
+    path = tmp_path / "shards" / "digits-train-0001.tar"
+    whole = path.read_bytes()
+    data = open_data_set(settings(*shards), train=True)
+    assert data[23][1] == 23
+    with tarfile.open(path) as shard:
+        path.write_bytes(whole[: shard.getmember("1004.cls").offset])
+    data.note(1, data.places_in(path))  # as another process that came to the shard at once
+    path.write_bytes(whole)
+    assert data.places[12:].gt(0).all()
+
+
+def test_a_sample_that_lacks_a_part_is_looked_for_once(shards, tmp_path, opened):
+    write_shard(tmp_path / "shards" / "digits-train-0001.tar", {"a.jpg": jpeg(), "b.jpg": jpeg(), "b.cls": b"1"})
+    split_as(tmp_path / "shards", shard_lengths=[12, 2], num_samples=14)
+    data = open_data_set(settings(*shards), train=True)
+    opened.clear()
+    for _ in range(3):
+        with pytest.raises(OSError, match=r"a of .* has no label"):
+            data[12]
+    assert opened == ["digits-train-0001.tar"]
+
+
+def test_shards_without_images_are_refused(shards, tmp_path):
+    split_as(tmp_path / "shards", shard_lengths=[0, 0])
+    with pytest.raises(ValueError, match=r"no images could be read from .*its shards hold no images"):
+        open_data_set(settings(*shards), train=True)
 
 
 def test_labels_of_shards_may_be_in_json_and_samples_may_lack_a_part(shards, tmp_path):
