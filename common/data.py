@@ -9,6 +9,8 @@ import mmap
 import os
 import tarfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -157,8 +159,8 @@ class Shards(Dataset):
         reader: timm's, which has found the shards and knows which of a sample's files is what.
 
     Raises:
-        OSError: a shard is missing, or there are no images. An item raises it where its shard has no image or no
-            label in its place.
+        OSError: a shard is missing, or there are no images. An item raises it, with the names of image and shard, where
+            its shard has no image or no label in its place, or PIL or timm cannot make an image and a class of them.
     """
 
     def __init__(self, reader: reader_wds.ReaderWds):
@@ -184,7 +186,9 @@ class Shards(Dataset):
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.decoded(*self.stored(index))
+        content, label = self.stored(index)
+        with self.named(index):
+            return self.decoded(content, label)
 
     def bytes_of(self, index: int) -> tuple[bytes, int]:
         """An image's file as it is stored, and its label.
@@ -193,9 +197,10 @@ class Shards(Dataset):
             OSError: as an item.
         """
         content, label = self.stored(index)
-        if self.label_suffix == "cls":
-            return content, self.class_of(int(label))
-        return content, self.decoded(PIXEL, label)[1]  # timm gives this label with an image alone
+        with self.named(index):
+            if self.label_suffix == "cls":
+                return content, self.class_of(int(label))
+            return content, self.decoded(PIXEL, label)[1]  # timm gives this label with an image alone
 
     def stored(self, index: int) -> tuple[bytes, bytes]:
         """The files that hold an image and its label.
@@ -244,11 +249,7 @@ class Shards(Dataset):
         noted[known] = places[known]
 
     def decoded(self, content: bytes, label: bytes) -> tuple[Image.Image, int]:
-        """What timm makes of a sample.
-
-        Raises:
-            OSError: it has no label. PIL's errors and timm's, where it has no image or its label cannot be read.
-        """
+        """What timm makes of a sample; raises what PIL, json and timm do, and ValueError where it has no class."""
         reader = self.reader
         suffix = reader.input_key.partition(";")[0]
         decoded = reader_wds._decode(
@@ -259,12 +260,32 @@ class Shards(Dataset):
             alt_label=reader.split_info.alt_label,
         )
         if decoded is None:
-            raise OSError("timm takes the label for none")
+            raise ValueError("timm takes the label for none")
         return decoded["jpg"], self.class_of(decoded["target"])
 
     def class_of(self, target: int) -> int:
-        """What trainer and model call a label of the shards."""
-        return self.reader.class_to_idx[target] if self.reader.remap_class else target
+        """What trainer and model call a label of the shards.
+
+        Raises:
+            KeyError: the class map lacks it.
+            TypeError: it is a list.
+            ValueError: a tensor cannot hold it, or it would be taken for that of no image.
+        """
+        label = int(self.reader.class_to_idx[target] if self.reader.remap_class else target)
+        if not 0 <= label < 2**63:
+            raise ValueError(f"{label} is no class")
+        return label
+
+    @contextmanager
+    def named(self, index: int) -> Iterator[None]:
+        """Within it, what an image and its label cause is an OSError that names the image."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL, json and timm have errors of all kinds for bytes that they do not understand
+            reason = str(error).replace(" of sample 'None'", "")  # timm would have the sample's key for every image
+            raise OSError(f"{self.filename(index)} cannot be read ({type(error).__name__}: {reason})") from error
 
     def place_of(self, index: int) -> tuple[int, int]:
         """The shard that holds an image, and where among its images."""
@@ -278,7 +299,10 @@ class Shards(Dataset):
     def filename(self, index: int, absolute: bool = True) -> str:
         """What names an image: its key and its shard."""
         shard, place = self.place_of(index)
-        samples = samples_in(self.paths[shard])
+        try:
+            samples = samples_in(self.paths[shard])
+        except OSError:  # which may be why the image is named
+            samples = []
         return f"{samples[place][0] if place < len(samples) else f'image {place}'} of {self.paths[shard]}"
 
 

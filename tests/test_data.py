@@ -14,6 +14,7 @@ import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from common.dist import Process
 from common.engine import StopTraining, Unreadable, evaluate
 from common.loader import (
     NONE,
+    FastViews,
     Views,
     create_mixup,
     evaluation_loader,
@@ -653,6 +655,63 @@ def test_a_sample_that_lacks_a_part_is_looked_for_once(shards, tmp_path, opened)
     assert opened == ["digits-train-0001.tar"]
 
 
+@pytest.mark.parametrize("label", [b"x", b"", b"-1", b"9" * 20, b"\xff"])
+def test_a_label_that_is_no_class_is_an_unreadable_image(label, shards, tmp_path):
+    write_shard(tmp_path / "shards" / "digits-train-0001.tar", {"a.jpg": jpeg(), "a.cls": label})
+    refuses(shards, tmp_path, {})
+
+
+@pytest.mark.parametrize("label", [b"", b"{", b"null", b"[1]", b"{}", b"\xff", *(b'{"kind": %s}' % value for value in (
+    b"null", b'"x"', b"[1]", b"{}", b"-1", b"Infinity", b"1e300"))])  # fmt: skip
+def test_json_that_holds_no_class_is_an_unreadable_image(label, shards, tmp_path):
+    write_shard(tmp_path / "shards" / "digits-train-0001.tar", {"a.jpg": jpeg(), "a.json": label})
+    refuses(shards, tmp_path, {"alt_label": "kind"})
+
+
+def refuses(shards: list[str], tmp_path: Path, facts: dict) -> None:
+    """The second shard's one image is refused with its name, and training goes on without."""
+    split_as(tmp_path / "shards", shard_lengths=[12, 1], num_samples=13, **facts)
+    data: Any = open_data_set(settings(*shards), train=True)
+    for read in (data.bytes_of, data.__getitem__):
+        with pytest.raises(OSError, match=r"^a of .*0001\.tar cannot be read \(\w+: ") as error:
+            read(12)
+        assert "None'" not in str(error.value)
+    for kind in (Views, FastViews):
+        views = kind(data, None, replace=False)  # type: ignore[arg-type]  # it does not come to a transform
+        assert views[12, 0][1:] == (NONE, (data.filename(12),))
+
+
+def test_a_label_that_the_class_map_lacks_is_an_unreadable_image(shards):
+    data = open_data_set(settings(*shards), train=True)
+    data.reader.remap_class, data.reader.class_to_idx = True, {3: 5, 4: "x"}
+    assert data[3][1] == data.bytes_of(3)[1] == 5
+    for read in (data.bytes_of, data.__getitem__):
+        for index, words in ((4, "ValueError"), (6, "KeyError: 6")):
+            with pytest.raises(OSError, match=rf"00{index} of .*0000\.tar cannot be read \({words}"):
+                read(index)
+
+
+def test_an_image_that_pil_cannot_read_is_named_with_its_shard(tmp_path):
+    data = open_data_set(settings(*make_shards(tmp_path / "shards", {("train", 1, 2)})), train=True)
+    with pytest.raises(OSError, match=r"^1002 of .*0001\.tar cannot be read \(UnidentifiedImageError: "):
+        data[14]
+
+
+def test_memory_that_runs_out_is_no_unreadable_image(shards, monkeypatch):
+    data = open_data_set(settings(*shards), train=True)
+    monkeypatch.setattr(Image, "open", lambda *args: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        data[0]
+
+
+def test_a_shard_that_vanishes_is_counted_image_by_image(shards, tmp_path):
+    args = settings(*shards)
+    data = open_data_set(args, train=False)
+    (tmp_path / "shards" / "digits-validation-0001.tar").unlink()
+    names = [name for _, _, names in evaluation_loader(args, data, ALONE) for name in names]
+    assert [name.partition(" of ")[0] for name in names] == [f"image {place}" for place in range(5)]
+
+
 def test_shards_without_images_are_refused(shards, tmp_path):
     split_as(tmp_path / "shards", shard_lengths=[0, 0])
     with pytest.raises(ValueError, match=r"no images could be read from .*its shards hold no images"):
@@ -675,7 +734,7 @@ def test_labels_of_shards_may_be_in_json_and_samples_may_lack_a_part(shards, tmp
         assert (data[index][0].size, data[index][1]) == (size, label)
         assert data.bytes_of(index) == (content, label)
     for index, words in ((13, "b of .*0001.tar has no jpg;png;webp"), (14, "c of .*0001.tar has no label"),
-                         (16, "timm takes the label for none")):  # fmt: skip
+                         (16, r"e of .*0001.tar cannot be read \(ValueError: timm takes the label for none\)")):  # fmt: skip
         for read in (data.bytes_of, data.__getitem__):
             with pytest.raises(OSError, match=words):
                 read(index)
