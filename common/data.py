@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import mmap
 import os
 import tarfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,13 +20,14 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers import reader_wds
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
 
 from common.args import DIGITS
 
 PIXEL = b"P6 1 1 255 \0\0\0"  # the least that PIL takes for an image
-UNKNOWN = -1  # where an image lies in its shard, before anyone has looked
+UNKNOWN = -1  # where an image lies in its shard, before anyone has found it
 
 
 class Digits(Dataset):
@@ -147,14 +151,16 @@ class Shards(Dataset):
     """Images in WebDataset shards on disk, each found by its place, so that any order of them can be read.
 
     Items: (PIL image, label). Image i is the i-th of all shards, one after the other. Where in its shard an image lies
-    is found out when the first of the shard is read, by one loader process for all: to find an image takes a thirtieth
-    of the time that its decoding does, which many processes and epochs would each spend anew.
+    is found out when the first of the shard is read, and all loader processes that were forked know it from then on.
+    Those that come to a new shard at once each look through it: a lock would spare them that, but a process killed
+    while it held the lock would hang the others.
 
     Args:
         reader: timm's, which has found the shards and knows which of a sample's files is what.
 
     Raises:
-        OSError: a shard is missing. An item raises it where its shard has no image or no label in its place.
+        OSError: a shard is missing, or there are no images. An item raises it, with the names of image and shard, where
+            its shard has no image or no label in its place, or PIL or timm cannot make an image and a class of them.
     """
 
     def __init__(self, reader: reader_wds.ReaderWds):
@@ -163,20 +169,26 @@ class Shards(Dataset):
         missing = [path for path in self.paths if not path.is_file()]
         if missing:
             raise OSError(f"{len(missing)} of {len(self.paths)} shards are not on this disk, such as {missing[0]}")
-        lengths = reader.split_info.shard_lengths
-        if len(lengths) != len(self.paths):
-            lengths = [len(samples_in(path)) for path in self.paths]
-        self.ends = np.cumsum(lengths)
         json_holds_label = reader.target_keys or reader.target_key or reader.split_info.alt_label
         self.label_suffix = "json" if json_holds_label else "cls"
-        # of each image and of its label: where it begins, which is 0 where there is none, and its bytes
-        self.places = torch.full((len(self), 4), UNKNOWN).share_memory_()
+        lengths = reader.split_info.shard_lengths
+        found = [] if len(lengths) == len(self.paths) else [self.places_in(path) for path in self.paths]
+        self.ends = np.cumsum([len(places) for places in found] or lengths)
+        if not self.ends.any():
+            raise OSError("its shards hold no images")
+        # (images, 4), of each image and of its label: where it begins, which is 0 where there is none, and its bytes.
+        # Not share_memory_(): in a container /dev/shm may be too small, and what does not fit stays there as a file.
+        self.places = torch.frombuffer(mmap.mmap(-1, 4 * 8 * len(self)), dtype=torch.int64).view(-1, 4).fill_(UNKNOWN)
+        for shard, places in enumerate(found):
+            self.note(shard, places)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.decoded(*self.stored(index))
+        content, label = self.stored(index)
+        with self.named(index):
+            return self.decoded(content, label)
 
     def bytes_of(self, index: int) -> tuple[bytes, int]:
         """An image's file as it is stored, and its label.
@@ -185,41 +197,59 @@ class Shards(Dataset):
             OSError: as an item.
         """
         content, label = self.stored(index)
-        if self.label_suffix == "cls":
-            return content, self.class_of(int(label))
-        return content, self.decoded(PIXEL, label)[1]  # timm gives this label with an image alone
+        with self.named(index):
+            if self.label_suffix == "cls":
+                return content, self.class_of(int(label))
+            return content, self.decoded(PIXEL, label)[1]  # timm gives this label with an image alone
 
     def stored(self, index: int) -> tuple[bytes, bytes]:
-        """The files that hold an image and its label."""
+        """The files that hold an image and its label.
+
+        Raises:
+            OSError: the shard lacks one of them, ends within one or cannot be read.
+        """
         shard, _ = self.place_of(index)
         if UNKNOWN in self.places[index].tolist():
-            self.look_into(shard)
+            self.note(shard, self.places_in(self.paths[shard]))
         start, size, label_start, label_size = self.places[index].tolist()
-        if not (start and label_start):
-            raise OSError(f"{self.filename(index)} has no {'label' if start else self.reader.input_key}")
+        if min(start, label_start) <= 0:
+            raise OSError(f"{self.filename(index)} has no {'label' if start > 0 else self.reader.input_key}")
         with open(self.paths[shard], "rb", buffering=0) as file:
             content, label = (os.pread(file.fileno(), *part) for part in ((size, start), (label_size, label_start)))
         if (len(content), len(label)) != (size, label_size):
             raise OSError(f"{self.paths[shard]} ends within {self.filename(index)}")
         return content, label
 
-    def look_into(self, shard: int) -> None:
-        """Notes where the images and labels of a shard lie. Processes that do so at once note the same."""
+    def places_in(self, path: Path) -> Tensor:
+        """Where the images and labels of a shard lie: (samples, 4), as in `places`.
+
+        What the last sample lacks is `UNKNOWN`: the shard may go on with it, and this reading have been cut short.
+        """
+        samples_in.cache_clear()
         suffixes = self.reader.input_key.split(";")
-        rows = []
-        for _, parts in samples_in(self.paths[shard]):
-            image = next((parts[suffix] for suffix in suffixes if suffix in parts), (0, 0))
-            rows.append((*image, *parts.get(self.label_suffix, (0, 0))))
+        samples = samples_in(path)
+        places = []
+        for number, (_, parts) in enumerate(samples, start=1):
+            none = (0, 0) if number < len(samples) else (UNKNOWN, UNKNOWN)
+            image = next((parts[suffix] for suffix in suffixes if suffix in parts), none)
+            places.append((*image, *parts.get(self.label_suffix, none)))
+        return torch.tensor(places, dtype=torch.int64).view(-1, 4)
+
+    def note(self, shard: int, places: Tensor) -> None:
+        """Notes what was found of a shard, for all processes.
+
+        What was not found is not noted, but looked for whenever it is asked for: a disk that once gave too little costs
+        no images for the rest of the run. Each missing image of a shard that stays cut short costs a look through it:
+        as long as a few images' decoding where the shard has a thousand, and training ends where more than
+        `UNREADABLE_SHARE` of the images are missing.
+        """
         first, last = self.range_of(shard)
-        rows += [(0, 0, 0, 0)] * (last - first - len(rows))  # it is cut short
-        self.places[first:last] = torch.tensor(rows[: last - first])
+        noted, places = self.places[first:last][: len(places)], places[: last - first]
+        known = places != UNKNOWN
+        noted[known] = places[known]
 
     def decoded(self, content: bytes, label: bytes) -> tuple[Image.Image, int]:
-        """What timm makes of a sample.
-
-        Raises:
-            OSError: it has no label. PIL's errors and timm's, where it has no image or its label cannot be read.
-        """
+        """What timm makes of a sample; raises what PIL, json and timm do, and ValueError where it has no class."""
         reader = self.reader
         suffix = reader.input_key.partition(";")[0]
         decoded = reader_wds._decode(
@@ -230,12 +260,32 @@ class Shards(Dataset):
             alt_label=reader.split_info.alt_label,
         )
         if decoded is None:
-            raise OSError("timm takes the label for none")
+            raise ValueError("timm takes the label for none")
         return decoded["jpg"], self.class_of(decoded["target"])
 
     def class_of(self, target: int) -> int:
-        """What trainer and model call a label of the shards."""
-        return self.reader.class_to_idx[target] if self.reader.remap_class else target
+        """What trainer and model call a label of the shards.
+
+        Raises:
+            KeyError: the class map lacks it.
+            TypeError: it is a list.
+            ValueError: a tensor cannot hold it, or it would be taken for that of no image.
+        """
+        label = int(self.reader.class_to_idx[target] if self.reader.remap_class else target)
+        if not 0 <= label < 2**63:
+            raise ValueError(f"{label} is no class")
+        return label
+
+    @contextmanager
+    def named(self, index: int) -> Iterator[None]:
+        """Within it, what an image and its label cause is an OSError that names the image."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL, json and timm have errors of all kinds for bytes that they do not understand
+            reason = str(error).replace(" of sample 'None'", "")  # timm would have the sample's key for every image
+            raise OSError(f"{self.filename(index)} cannot be read ({type(error).__name__}: {reason})") from error
 
     def place_of(self, index: int) -> tuple[int, int]:
         """The shard that holds an image, and where among its images."""
@@ -249,11 +299,14 @@ class Shards(Dataset):
     def filename(self, index: int, absolute: bool = True) -> str:
         """What names an image: its key and its shard."""
         shard, place = self.place_of(index)
-        samples = samples_in(self.paths[shard])
+        try:
+            samples = samples_in(self.paths[shard])
+        except OSError:  # which may be why the image is named
+            samples = []
         return f"{samples[place][0] if place < len(samples) else f'image {place}'} of {self.paths[shard]}"
 
 
-@lru_cache(maxsize=2)  # an image that cannot be read is named more than once
+@lru_cache(maxsize=2)  # an image that cannot be read is looked for, and then named more than once
 def samples_in(path: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     """The samples of a shard, in order: key, and for each of its files the suffix, where it begins and its bytes.
 

@@ -8,10 +8,13 @@ import pickle
 import random
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +31,7 @@ from common.dist import Process
 from common.engine import StopTraining, Unreadable, evaluate
 from common.loader import (
     NONE,
+    FastViews,
     Views,
     create_mixup,
     evaluation_loader,
@@ -38,7 +42,7 @@ from common.loader import (
 )
 from deit.recipe import RECIPE
 from swin.recipe import RECIPE as SWIN
-from tests.conftest import make_shards
+from tests.conftest import ROOT, make_shards
 
 ALONE = Process(torch.device("cpu"))
 
@@ -516,30 +520,221 @@ def test_what_one_process_finds_in_a_shard_all_know(shards, monkeypatch):
     assert labels_of(training_loader(args, data, ALONE)[0]) == first
 
 
-def test_labels_of_shards_may_be_in_json_and_samples_may_lack_a_part(shards, tmp_path):
-    """As the second shard has it, in which one sample has no image, one no label and one two images."""
-    place = tmp_path / "shards"
-    info = json.loads((place / "_info.json").read_text())
-    info["splits"]["train"] |= {"alt_label": "kind", "shard_lengths": [12, 5], "num_samples": 17}
-    (place / "_info.json").write_text(json.dumps(info))
-    image = io.BytesIO()
-    photo().save(image, "PNG")
-    jpeg = io.BytesIO()
-    photo(40, 30).save(jpeg, "JPEG")
-    files = {"a.png": image.getvalue(), "a.txt": b"words", "a.json": b'{"kind": 7}', "b.json": b'{"kind": 1}',
-             "c.JPG": jpeg.getvalue(), "c.cls": b"3", "d.png": image.getvalue(), "d.jpg": jpeg.getvalue(),
-             "d.json": b'{"kind": 5}', "e.jpg": jpeg.getvalue(), "e.json": b'{"kind": -1}'}  # fmt: skip
-    with tarfile.open(place / "digits-train-0001.tar", "w") as tar:
+def split_as(folder: Path, **facts) -> None:
+    """Changes what _info.json says of the training split."""
+    info = json.loads((folder / "_info.json").read_text())
+    info["splits"]["train"] |= facts
+    (folder / "_info.json").write_text(json.dumps(info))
+
+
+def write_shard(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
         for name, content in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
+
+
+def jpeg() -> bytes:
+    file = io.BytesIO()
+    photo(40, 30).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[str]:
+    """The names of the shards that are looked through, in order."""
+    names: list[str] = []
+    real = tarfile.open
+
+    def count(path, *args):
+        names.append(Path(path).name)
+        return real(path, *args)
+
+    monkeypatch.setattr("common.data.tarfile.open", count)
+    return names
+
+
+def test_a_shard_of_unknown_length_is_looked_through_once(shards, tmp_path, opened):
+    folder = tmp_path / "shards"
+    names = [f"digits-train-000{i}.tar" for i in range(4)]  # more than are kept for their names
+    for source, copy in zip(names, names[2:]):
+        shutil.copy(folder / source, folder / copy)
+    split_as(folder, filenames=names, shard_lengths=[])
     data = open_data_set(settings(*shards), train=True)
-    for index, size, label, content in ((12, photo().size, 7, image), (15, (30, 40), 5, jpeg)):
+    assert [data[i][1] for i in range(len(data))] == [*range(24), *range(24)]
+    assert opened == names
+
+
+def test_shards_need_no_room_in_dev_shm(shards, tmp_path):
+    """Loader processes know what one of them found, where Docker's 64 MB, here 1 MB, are too few for all places."""
+    small = [
+        "unshare",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=1m none /dev/shm && exec "$@"',
+    ]
+    if shutil.which("unshare") is None or subprocess.run([*small, "sh", "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a /dev/shm of their own")
+    split_as(tmp_path / "shards", shard_lengths=[12, 100_000])
+    code = f"""
+import os
+from common.data import open_data_set
+from tests.test_data import settings
+data = open_data_set(settings(*{shards}), train=True)
+if os.fork() == 0:
+    data.bytes_of(23)
+    os._exit(0)
+os.wait()
+print(data.places[:24].gt(0).all(dim=1).tolist() == [False] * 12 + [True] * 12, os.listdir("/dev/shm"))
+"""
+    done = subprocess.run([*small, "sh", sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True []\n", done.stderr
+
+
+def test_a_shard_may_hold_more_than_its_length(shards, tmp_path):
+    split_as(tmp_path / "shards", shard_lengths=[7, 12], num_samples=19)
+    data = open_data_set(settings(*shards), train=True)
+    assert [data[i][1] for i in reversed(range(19))] == [*range(23, 11, -1), *range(6, -1, -1)]
+
+
+def test_a_label_that_is_cut_short_is_no_label(shards, tmp_path):
+    """Of the label 22 the shard has the first digit."""
+    path = tmp_path / "shards" / "digits-train-0001.tar"
+    with tarfile.open(path) as shard:
+        cut = shard.getmember("1010.cls").offset_data + 1
+    path.write_bytes(path.read_bytes()[:cut])
+    data = open_data_set(settings(*shards), train=True)
+    assert data[21][1] == 21
+    for read in (data.bytes_of, data.__getitem__):
+        with pytest.raises(OSError, match=r"0001\.tar ends within 1010 of"):
+            read(22)
+
+
+@pytest.mark.parametrize(("member", "kept", "words"), [
+    ("1004.jpg", 100, "image 4 of .* has no jpg;png;webp"), ("1004.jpg", 512, "1004 of .* has no label"),
+    ("1004.cls", 100, "1004 of .* has no label"), ("1004.cls", 512, "ends within 1004 of")])  # fmt: skip
+def test_what_a_short_read_hid_is_found_later(member, kept, words, shards, tmp_path):
+    """It ended within or after a header of the fifth sample."""
+    path = tmp_path / "shards" / "digits-train-0001.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as shard:
+        cut = shard.getmember(member).offset + kept
+    path.write_bytes(whole[:cut])
+    data = open_data_set(settings(*shards), train=True)
+    assert [data[i][1] for i in range(12, 16)] == [12, 13, 14, 15]
+    for index, reason in ((16, words), (23, "image 11 of .* has no jpg;png;webp")):
+        with pytest.raises(OSError, match=reason):
+            data[index]
+    path.write_bytes(whole)
+    assert [data[i][1] for i in range(12, 24)] == [*range(12, 24)]
+
+
+def test_a_short_read_takes_nothing_from_other_processes(shards, tmp_path):
+    path = tmp_path / "shards" / "digits-train-0001.tar"
+    whole = path.read_bytes()
+    data = open_data_set(settings(*shards), train=True)
+    assert data[23][1] == 23
+    with tarfile.open(path) as shard:
+        path.write_bytes(whole[: shard.getmember("1004.cls").offset])
+    data.note(1, data.places_in(path))  # as another process that came to the shard at once
+    path.write_bytes(whole)
+    assert data.places[12:].gt(0).all()
+
+
+def test_a_sample_that_lacks_a_part_is_looked_for_once(shards, tmp_path, opened):
+    write_shard(tmp_path / "shards" / "digits-train-0001.tar", {"a.jpg": jpeg(), "b.jpg": jpeg(), "b.cls": b"1"})
+    split_as(tmp_path / "shards", shard_lengths=[12, 2], num_samples=14)
+    data = open_data_set(settings(*shards), train=True)
+    opened.clear()
+    for _ in range(3):
+        with pytest.raises(OSError, match=r"a of .* has no label"):
+            data[12]
+    assert opened == ["digits-train-0001.tar"]
+
+
+@pytest.mark.parametrize("label", [b"x", b"", b"-1", b"9" * 20, b"\xff"])
+def test_a_label_that_is_no_class_is_an_unreadable_image(label, shards, tmp_path):
+    write_shard(tmp_path / "shards" / "digits-train-0001.tar", {"a.jpg": jpeg(), "a.cls": label})
+    refuses(shards, tmp_path, {})
+
+
+@pytest.mark.parametrize("label", [b"", b"{", b"null", b"[1]", b"{}", b"\xff", *(b'{"kind": %s}' % value for value in (
+    b"null", b'"x"', b"[1]", b"{}", b"-1", b"Infinity", b"1e300"))])  # fmt: skip
+def test_json_that_holds_no_class_is_an_unreadable_image(label, shards, tmp_path):
+    write_shard(tmp_path / "shards" / "digits-train-0001.tar", {"a.jpg": jpeg(), "a.json": label})
+    refuses(shards, tmp_path, {"alt_label": "kind"})
+
+
+def refuses(shards: list[str], tmp_path: Path, facts: dict) -> None:
+    """The second shard's one image is refused with its name, and training goes on without."""
+    split_as(tmp_path / "shards", shard_lengths=[12, 1], num_samples=13, **facts)
+    data: Any = open_data_set(settings(*shards), train=True)
+    for read in (data.bytes_of, data.__getitem__):
+        with pytest.raises(OSError, match=r"^a of .*0001\.tar cannot be read \(\w+: ") as error:
+            read(12)
+        assert "None'" not in str(error.value)
+    for kind in (Views, FastViews):
+        views = kind(data, None, replace=False)  # type: ignore[arg-type]  # it does not come to a transform
+        assert views[12, 0][1:] == (NONE, (data.filename(12),))
+
+
+def test_a_label_that_the_class_map_lacks_is_an_unreadable_image(shards):
+    data = open_data_set(settings(*shards), train=True)
+    data.reader.remap_class, data.reader.class_to_idx = True, {3: 5, 4: "x"}
+    assert data[3][1] == data.bytes_of(3)[1] == 5
+    for read in (data.bytes_of, data.__getitem__):
+        for index, words in ((4, "ValueError"), (6, "KeyError: 6")):
+            with pytest.raises(OSError, match=rf"00{index} of .*0000\.tar cannot be read \({words}"):
+                read(index)
+
+
+def test_an_image_that_pil_cannot_read_is_named_with_its_shard(tmp_path):
+    data = open_data_set(settings(*make_shards(tmp_path / "shards", {("train", 1, 2)})), train=True)
+    with pytest.raises(OSError, match=r"^1002 of .*0001\.tar cannot be read \(UnidentifiedImageError: "):
+        data[14]
+
+
+def test_memory_that_runs_out_is_no_unreadable_image(shards, monkeypatch):
+    data = open_data_set(settings(*shards), train=True)
+    monkeypatch.setattr(Image, "open", lambda *args: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        data[0]
+
+
+def test_a_shard_that_vanishes_is_counted_image_by_image(shards, tmp_path):
+    args = settings(*shards)
+    data = open_data_set(args, train=False)
+    (tmp_path / "shards" / "digits-validation-0001.tar").unlink()
+    names = [name for _, _, names in evaluation_loader(args, data, ALONE) for name in names]
+    assert [name.partition(" of ")[0] for name in names] == [f"image {place}" for place in range(5)]
+
+
+def test_shards_without_images_are_refused(shards, tmp_path):
+    split_as(tmp_path / "shards", shard_lengths=[0, 0])
+    with pytest.raises(ValueError, match=r"no images could be read from .*its shards hold no images"):
+        open_data_set(settings(*shards), train=True)
+
+
+def test_labels_of_shards_may_be_in_json_and_samples_may_lack_a_part(shards, tmp_path):
+    """As the second shard has it, in which one sample has no image, one no label and one two images."""
+    place = tmp_path / "shards"
+    split_as(place, alt_label="kind", shard_lengths=[12, 5], num_samples=17)
+    image = io.BytesIO()
+    photo().save(image, "PNG")
+    png = image.getvalue()
+    write_shard(place / "digits-train-0001.tar", {
+        "a.png": png, "a.txt": b"words", "a.json": b'{"kind": 7}', "b.json": b'{"kind": 1}', "c.JPG": jpeg(),
+        "c.cls": b"3", "d.png": png, "d.jpg": jpeg(), "d.json": b'{"kind": 5}', "e.jpg": jpeg(),
+        "e.json": b'{"kind": -1}'})  # fmt: skip
+    data = open_data_set(settings(*shards), train=True)
+    for index, size, label, content in ((12, photo().size, 7, png), (15, (30, 40), 5, jpeg())):
         assert (data[index][0].size, data[index][1]) == (size, label)
-        assert data.bytes_of(index) == (content.getvalue(), label)
+        assert data.bytes_of(index) == (content, label)
     for index, words in ((13, "b of .*0001.tar has no jpg;png;webp"), (14, "c of .*0001.tar has no label"),
-                         (16, "timm takes the label for none")):  # fmt: skip
+                         (16, r"e of .*0001.tar cannot be read \(ValueError: timm takes the label for none\)")):  # fmt: skip
         for read in (data.bytes_of, data.__getitem__):
             with pytest.raises(OSError, match=words):
                 read(index)
