@@ -144,8 +144,8 @@ def create_trainer(
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(process.device).to(memory_format=memory_format)
     dtype = autocast_dtype(args.amp, process.device)
-    if process.device.type == "cpu" and dtype is torch.bfloat16:
-        use_plain_attention(model)
+    if process.device.type == "cpu":
+        use_plain_attention(model, dtype)
     check_images(model, args, process.device)
     check_mask(augsub, model, args)
     ema = None
@@ -255,11 +255,16 @@ def use_deterministic_kernels() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def use_plain_attention(model: nn.Module) -> None:
-    """Has timm's attention multiply matrices in the open, since PyTorch's fused kernel for the CPU is slower than that
-    in bfloat16."""
+def use_plain_attention(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Has timm's attention multiply matrices in the open where that is faster on a CPU than PyTorch's fused kernel: in
+    bfloat16, and with a bias that learns, which the kernel does not take.
+
+    Args:
+        dtype: autocast's; None without.
+    """
     for module in model.modules():
-        if getattr(module, "fused_attn", False):
+        learns = hasattr(module, "relative_position_bias_table")
+        if getattr(module, "fused_attn", False) and (learns or dtype is torch.bfloat16):
             module.fused_attn = False  # type: ignore[assignment]
 
 

@@ -84,7 +84,9 @@ def test_attention_in_the_open_stays_so(monkeypatch):
     """As it is in bfloat16 on a CPU, where PyTorch's kernel is the slower way."""
     fused, *_ = two_ways("deit3_small_patch16_224", "masking", images(), LABELS, F.cross_entropy)
     plain = small
-    monkeypatch.setattr("tests.test_joint.small", lambda name: use_plain_attention(model := plain(name)) or model)
+    monkeypatch.setattr(
+        "tests.test_joint.small", lambda name: use_plain_attention(model := plain(name), torch.bfloat16) or model
+    )
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("the kernel is used"))
     two, expected, one, got, *_ = two_ways("deit3_small_patch16_224", "masking", images(), LABELS, F.cross_entropy)
     torch.testing.assert_close([one, two], [fused, fused])

@@ -189,6 +189,12 @@ def one_step(job: train.Job) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in job.model.named_parameters() if p.grad is not None}
 
 
+def test_windows_whose_bias_learns_attend_in_the_open_on_a_cpu():
+    """PyTorch's fused kernel does not take such a bias there, and what stands in for it is slower."""
+    attention = [module for module in job("--amp", "off").model.modules() if hasattr(module, "fused_attn")]
+    assert attention and not any(module.fused_attn for module in attention)
+
+
 def test_activation_checkpointing_recomputes_the_masked_pass():
     """The mask is drawn again in backward; it must be the same one, and be there at all."""
     plain, recomputed = one_step(job()), one_step(job("--use-checkpoint"))
