@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from common import dist
+from deit import models as deit_models  # noqa: F401 - registers deit_pico_patch8_LS
 from tests.conftest import ROOT, environment
 from tests.runs import FLAGS, final, refused
 
