@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -39,11 +40,18 @@ MAY_CHANGE = {"output_dir", "resume", "eval", "device", "num_workers", "pin_mem"
               "data_timeout"}  # fmt: skip
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that are values."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that says what is wrong in one sentence, and takes `-` and `_` alike in flags."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=Formatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         if is_main_before_start():
@@ -164,6 +172,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.data_set != DIGITS and not args.data_path and not args.data_set.startswith("hf"):
         raise ValueError(f"--data-set {args.data_set} needs --data-path, the folder that holds it")
+    if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise ValueError(f"--device {args.device}: unknown, use cuda or cpu")
     at_least = {"seed": 0, "batch_size": 1, "epochs": 1, "accum_iter": 1, "log_interval": 1, "input_size": 1,
                 "num_workers": 0, "augsub_block": 1, "save_freq": 1, "start_epoch": 0, "warmup_epochs": 0,
                 "cooldown_epochs": 0, "recount": 1, "lr": 0, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0,

@@ -17,70 +17,76 @@ growth      time per image over batch size, image size, model size and number of
 
 The first word after the command is a recipe (deit; all for data and start). Flags are those of its trainer, --variant
 and --model among them, and without either its small model for the digits is measured; --augsub takes several drops,
-with commas between them: none, masking, dropout, droppath, and each of the drops with -joint behind it, for --augsub-
-joint. What is compared takes turns, so that a machine that is slow for a while is so for all; a figure is the median
-of the turns, and ± half the distance of their quartiles. --reference puts a stand-in for the published trainers
-beside: eager, float32 on a CPU and float16 autocast on a GPU, attention that is not fused, an all-reduce for each
-pass, the loss read and the device waited for in every step.
+with commas between them: none, masking, dropout, droppath, and each of the drops with -joint behind it, which stands
+for --augsub-joint. What is compared takes turns, so that a machine that is slow for a while is so for all; a figure is
+the median of the turns, and ± half the distance of their quartiles; a ratio is the median of each turn's ratio.
+--reference puts a stand-in for the published trainers beside: eager, float32 on a CPU and float16 autocast on a GPU,
+attention that is not fused, an all-reduce for each pass, the loss read and the device waited for in every step.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT) if __name__ == "__main__" else sys.path[0]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the imports without a traceback
 
-from common.args import Parser, parse  # noqa: E402
-from common.errors import StopTraining  # noqa: E402
+from common.args import Parser  # noqa: E402
 from common.recipe import Recipe  # noqa: E402
-from scripts.options import with_flags  # noqa: E402
+from common.signals import listening  # noqa: E402
+from scripts.command import complaining  # noqa: E402
+from scripts.options import COMMANDS, modes_asked, needs_recipe  # noqa: E402
 from scripts.table import RECIPES  # noqa: E402
 
-COMMANDS = ("step", "data", "end-to-end", "save", "growth", "start")
 OF_SEVERAL = ("data", "start")  # these measure all recipes, where none is named
 
 
 def main() -> None:
-    """Measures what is asked for; ends with status 2 and one sentence on bad input, with 130 after Ctrl-C."""
-    command, recipes, flags = opening(sys.argv[1:])
-    try:
-        if {"-h", "--help"} & set(flags):
-            parse(with_flags(recipes[0]), flags)
+    """Measures what is asked for. Bad input ends it with status 2 and one sentence, Ctrl-C with 130, SIGTERM with 143;
+    temporary folders and processes are gone then."""
+    parser = create_parser()
+    with listening(speaks=False), complaining(parser, interrupted="interrupted"):
+        command, recipes, flags = opening(parser, sys.argv[1:])
+        for recipe in recipes:
+            modes_asked(command, recipe, flags)  # a mistake is told before PyTorch is imported
         from scripts import measure
 
         call = getattr(measure, command.replace("-", "_"))
         call(recipes if command in OF_SEVERAL else recipes[0], flags)
-    except ValueError as error:
-        leave(str(error))
-    except StopTraining as stop:
-        leave(f"training stopped: {stop}")
-    except KeyboardInterrupt:
-        print("benchmark.py: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
-def leave(sentence: str) -> NoReturn:
-    """Ends with status 2."""
-    print(f"benchmark.py: error: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def opening(words: Sequence[str]) -> tuple[str, list[Recipe], list[str]]:
-    """The command, the recipe that is named or else all, and the flags of a command line."""
+def create_parser() -> Parser:
+    """Of what comes before the flags."""
     parser = Parser(description=__doc__, prog="benchmark.py")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("recipe", nargs="?", choices=list(RECIPES))
+    return parser
+
+
+def opening(parser: Parser, words: Sequence[str]) -> tuple[str, list[Recipe], list[str]]:
+    """The command, the recipes to measure, and the flags of a command line.
+
+    Raises:
+        ValueError: flags that are of one recipe, and none is named.
+    """
     first = list(takewhile(lambda word: not word.startswith("-"), words))
+    flags = list(words[len(first) :])
     found = parser.parse_args(first or words)
-    recipes = list(RECIPES.values()) if found.recipe is None else [RECIPES[found.recipe]]
-    return found.command, recipes, list(words[len(first) :])
+    if found.recipe is not None:
+        return found.command, [RECIPES[found.recipe]], flags
+    if found.command not in OF_SEVERAL or {"-h", "--help"} & set(flags):
+        return found.command, list(RECIPES.values())[:1], flags
+    if needs_recipe(flags):
+        raise ValueError(f"of which recipe is the variant? One is named as in: benchmark.py {found.command} swin")
+    return found.command, list(RECIPES.values()), flags
 
 
 if __name__ == "__main__":

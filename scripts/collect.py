@@ -23,8 +23,9 @@ sys.path[0] = str(ROOT) if __name__ == "__main__" else sys.path[0]
 
 from common.args import Parser  # noqa: E402
 from common.folder import CURVES, LOG, duration, entries  # noqa: E402
+from scripts.command import complaining  # noqa: E402
 from scripts.stage import JOB, STATUS, read  # noqa: E402
-from scripts.submit import complaining, queue, state_of  # noqa: E402
+from scripts.submit import queue, state_of  # noqa: E402
 from scripts.table import KINDS, MINI, MINI_OUTPUT, OUTPUT, RATIO, ROWS, SHORT, TITLES, Row, Stage, folder_of, select  # noqa: E402
 
 

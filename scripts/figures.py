@@ -7,16 +7,17 @@ from collections.abc import Sequence
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of a sample."""
+    """Median, quartiles and size of a sample."""
     low, high = values[0], values[0]
     if len(values) > 1:
         low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": statistics.median(values), "quartile_1": low, "quartile_3": high}
+    return {"median": statistics.median(values), "quartile_1": low, "quartile_3": high, "count": len(values)}
 
 
 def shown(value: dict[str, float], digits: int = 0) -> str:
-    """Median ± half the distance of the quartiles."""
-    return f"{value['median']:.{digits}f} ± {(value['quartile_3'] - value['quartile_1']) / 2:.{digits}f}"
+    """Median ± half the distance of the quartiles, which one value does not have."""
+    around = f" ± {(value['quartile_3'] - value['quartile_1']) / 2:.{digits}f}" if value["count"] > 1 else ""
+    return f"{value['median']:.{digits}f}{around}"
 
 
 def aligned(rows: list[list[str]]) -> str:

@@ -26,8 +26,9 @@ from common.dist import Process
 from common.prepare import autocast_dtype, check_images, check_mask, create_model
 from common.recipe import Recipe
 from scripts import plan, timing
+from scripts.command import check_writable
 from scripts.figures import aligned, short, shown, spread
-from scripts.options import check_writable
+from scripts.options import Mode
 from scripts.team import Team
 
 # of each recipe, smallest first; a name of a variant gives the model with the variant's other settings
@@ -41,7 +42,7 @@ BATCH_SIZES = [1, 2, 4, 8, 16]
 SUFFIXES = (".pdf", ".png", ".svg")
 SHARE = 0.5  # of the memory for what all models of a sweep hold; above it each turn builds its model anew
 
-ModesOf = Callable[[Recipe, Sequence[str]], list[timing.Mode]]
+ModesOf = Callable[[str, Recipe, Sequence[str]], list[Mode]]
 Cell = tuple[int, int]  # a point's place in its sweep, and a mode's in the point
 Turn = tuple[dict[str, float], float]  # seconds a step by part, and seconds a step of the CPU
 
@@ -57,7 +58,7 @@ class Point:
     """
 
     at: int | str
-    modes: list[timing.Mode]
+    modes: list[Mode]
     works: list[plan.Measured]
     processes: int = 1
 
@@ -89,7 +90,7 @@ def sweeps_of(recipe: Recipe, flags: Sequence[str], modes_of: ModesOf) -> tuple[
     What flags ask for must be possible; of the points that nobody asked for, those that are.
 
     Args:
-        modes_of: (recipe, flags) → what the flags ask to compare.
+        modes_of: (command, recipe, flags) → what the flags ask to compare.
 
     Raises:
         ValueError: bad input, in one sentence.
@@ -100,13 +101,11 @@ def sweeps_of(recipe: Recipe, flags: Sequence[str], modes_of: ModesOf) -> tuple[
         for name in ("variant", "model", "cfg", "data-path", "data-dir", "data-set")
     ]
     given, _ = data_or_model.parse_known_args(list(flags))
-    # one image cannot be mixed with another; one thread, so that a process is a core in all sweeps
-    batch = "64" if torch.cuda.is_available() else "4"
-    before = ["--mixup", "0", "--cutmix", "0", "--threads", "1", "--batch-size", batch]
+    before = ["--batch-size", "64" if torch.cuda.is_available() else "4"]
     if not any(getattr(given, action.dest) for action in named):
         before += ["--data-set", "DIGITS"]  # keeps the small model's settings where --models names another
     words = [*before, *flags]
-    base = modes_of(recipe, words)
+    base = modes_of("growth", recipe, words)
     args = base[0].args
     check_place(args)
 
@@ -114,7 +113,8 @@ def sweeps_of(recipe: Recipe, flags: Sequence[str], modes_of: ModesOf) -> tuple[
         found = []
         for value in asked or own:
             try:
-                modes = modes_of(recipe, [*words, "--variant" if value in recipe.variants else flag, str(value)])
+                setting = ["--variant" if value in recipe.variants else flag, str(value)]
+                modes = modes_of("growth", recipe, [*words, *setting])
                 found.append(Point(value, modes, [checked(recipe, f"{name} {value}", mode.args) for mode in modes]))
             except ValueError:
                 if asked or (not found and value == own[-1]):

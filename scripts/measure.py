@@ -13,66 +13,50 @@ from typing import Any
 
 import torch
 
-from common.args import KINDS, Parser, hyphenated, parse
+from common.args import DIGITS
 from common.dist import Process, started
+from common.fast import simplejpeg
+from common.folder import replacing
 from common.prepare import check_targets, settings
 from common.recipe import Recipe
+from common.resume import plain
 from scripts import pipelines, plan, timing
 from scripts.figures import aligned, shown, spread
-from scripts.options import add_flags, check_writable, with_flags
+from scripts.options import ROWS, Mode, flags_of_trainer, modes_asked
 from scripts.startup import BATCH, LOOKS, measure_starts
 from scripts.table import SHORT
 from scripts.team import communication
 
-JOINT = "-joint"
-ROWS = {"deit": "small_400", "mae": "base_100", "swin": "tiny", "resnet_rsb": "resnet50"}  # that stand for a recipe
 
-
-def modes_of(recipe: Recipe, flags: Sequence[str], data_path: str = "unseen") -> list[timing.Mode]:
-    """What the flags ask to compare, with the settings of each.
+def modes_of(command: str, recipe: Recipe, flags: Sequence[str], data_path: str = "unseen") -> list[Mode]:
+    """What a command line asks to compare, the reference's modes included, and the number of compute threads set.
 
     Args:
-        data_path: taken where the flags name none, but a variant or a model.
-    """
-    own = Parser(add_help=False, prog="benchmark.py")
-    own.add_argument("--augsub", default="none,masking")
-    first, rest = own.parse_known_args(list(flags))
-    kinds = list(dict.fromkeys(first.augsub.split(",")))
-    known = [*KINDS, *(kind + JOINT for kind in KINDS[1:])]
-    unknown = [kind for kind in kinds if kind not in known]
-    if unknown:
-        raise ValueError(f"--augsub {unknown[0]}: choose from {','.join(known)}")
-    given = {hyphenated(word).partition("=")[0] for word in rest}
-    unseen = given & {"--variant", "--model", "--cfg"} and not given & {"--data-path", "--data-dir"}
-    fixed = [*(["--data-path", data_path] if unseen else []), "--output-dir", ""]
+        data_path: taken where the flags name none, but a variant, a model or a data set.
 
-    measured = with_flags(recipe)
-    modes = []
-    for reference in (False, True):
-        for name in kinds:
-            kind = name.removesuffix(JOINT)
-            joint = ["--augsub-joint"] if name != kind else []
-            args = parse(measured, [*rest, *fixed, "--augsub", kind, *joint])
-            if reference and (joint or not args.reference):
-                continue
-            device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            if reference:
-                args = parse(measured, [*rest, *fixed, "--augsub", kind, *timing.reference_flags(device)])
-            if args.nb_classes is None:
-                args.nb_classes = 10 if args.data_set == "DIGITS" else 1000
-            args.steps = args.steps or (10 if device.type == "cuda" else 1)
-            check_targets(args, args.nb_classes)
-            shown_as = ("reference " if reference else "") + SHORT[kind] + (" joint" if joint else "")
-            modes.append(timing.Mode(shown_as, kind, reference, args))
-    check_writable("--json", modes[0].args.json)
-    if modes[0].args.threads:
-        torch.set_num_threads(modes[0].args.threads)
+    Raises:
+        ValueError: bad input, in one sentence.
+    """
+    modes = modes_asked(command, recipe, flags, data_path)
+    args = modes[0].args
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.reference:
+        published = modes_asked(command, recipe, flags, data_path, timing.reference_flags(device))
+        each = {mode.kind: mode.args for mode in published}
+        modes += [Mode(f"reference {SHORT[kind]}", kind, True, own) for kind, own in each.items()]
+    for mode in modes:
+        if mode.args.nb_classes is None:
+            mode.args.nb_classes = 10 if mode.args.data_set == DIGITS else 1000
+        mode.args.steps = mode.args.steps or (10 if device.type == "cuda" else 1)
+        check_targets(mode.args, mode.args.nb_classes)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     return modes
 
 
 def step(recipe: Recipe, flags: Sequence[str]) -> None:
     """A training step."""
-    modes = modes_of(recipe, flags)
+    modes = modes_of("step", recipe, flags)
     args = modes[0].args
     with started(args.device) as process:
         subjects = [timing.prepare_subject(recipe, mode, process, args.warmup) for mode in modes]
@@ -92,10 +76,10 @@ def step(recipe: Recipe, flags: Sequence[str]) -> None:
             figures.append(figures_of(recipe, subject, dtype, rates[dtype]) | counts)
         compare(figures, [subject.seconds for subject in subjects], [subject.cpu for subject in subjects])
         report([recipe], args, process, "step", model_of(recipe, args), figures)
-    print(table_of_time(figures), table_of_work(figures), sep="\n\n")
+    print(table_of_time(figures), table_of_work(figures), table_of_ratios(figures), sep="\n\n")
     if args.profile:
         times = ", ".join(f"{short(f)} {f['waits']['waits']}" for f in figures)
-        print(f"\nwaits for the device in {figures[0]['waits']['updates']} steps between log lines: {times}")
+        print(f"\nwaits for the device in {figures[0]['waits']['updates']} steps between log lines:\n{times}")
 
 
 def figures_of(recipe: Recipe, subject: timing.Subject, dtype: torch.dtype, rates: list[float]) -> dict[str, Any]:
@@ -154,55 +138,56 @@ def short(figure: dict[str, Any]) -> str:
 
 
 def table_of_time(figures: list[dict[str, Any]]) -> str:
-    """Where a step's time goes. "CPU" is the ratio before it in time that the process had the cores."""
-    parts = [{"forward": "forw.", "backward": "backw.", "optimizer": "optim."}.get(part, part) for part in timing.PARTS]
-    head = ["", "images/s", "ms a step", *parts, f"x {figures[0]['name']}", "CPU"]
-    head += ["x ref.", "CPU"] if any("speed_over_reference" in f for f in figures) else []
-    rows = []
+    """Where a step's time goes."""
+    rows = [["", "images/s", "ms a step", *timing.PARTS]]
     for f in figures:
         digits = 1 if f["ms_per_step"]["median"] < 100 else 0
-        row = [
-            f["name"].replace("reference", "ref."),
-            f"{f['images_per_second']['median']:.1f}",
-            shown(f["ms_per_step"], digits),
-        ]
-        row += [f"{f['ms'][part]['median']:.{digits}f}" for part in timing.PARTS]
-        row += [f"{f['to_first'][name]['median']:.2f}" for name in ("time", "cpu_time")]
-        if "speed_over_reference" in f:
-            row += [f"{f[name]['median']:.2f}" for name in ("speed_over_reference", "cpu_speed_over_reference")]
-        rows.append(row)
-    return aligned([head, *rows])
+        parts = [f"{f['ms'][part]['median']:.{digits}f}" for part in timing.PARTS]
+        rows.append([short(f), f"{f['images_per_second']['median']:.1f}", shown(f["ms_per_step"], digits), *parts])
+    return aligned(rows)
 
 
 def table_of_work(figures: list[dict[str, Any]]) -> str:
     """Arithmetic, memory and communication of a step."""
-    ratio = f"x {figures[0]['name']}"
-    head = ["", "GMAC/image", ratio, "TFLOP/s", "of matrix", "peak MB", ratio, "MB sent", "all-reduces"]
-    rows = []
+    rows = [["", "GMAC/image", "TFLOP/s", "of matrix", "peak MB", "MB sent", "all-reduces"]]
     for f in figures:
-        sent = f["communication"] or {"bytes": 0, "all_reduces": 0}
+        sent = f["communication"]
         rows.append([
-            short(f), f"{sum(f['multiply_adds'].values()) / 1e9:.3f}", f"{f['to_first']['multiply_adds']:.2f}",
-            f"{f['flops_per_second'] / 1e12:.3f}", f"{f['share_of_matrix_rate']:.0%}", f"{f['peak_bytes'] / 1e6:.1f}",
-            f"{f['to_first']['peak_bytes']:.2f}", f"{sent['bytes'] / 1e6:.1f}", f"{sent['all_reduces']}",
+            short(f), f"{sum(f['multiply_adds'].values()) / 1e9:.3f}", f"{f['flops_per_second'] / 1e12:.3f}",
+            f"{f['share_of_matrix_rate']:.0%}", f"{f['peak_bytes'] / 1e6:.1f}",
+            *([f"{sent['bytes'] / 1e6:.1f}", f"{sent['all_reduces']}"] if sent else ["-", "-"]),
         ])  # fmt: skip
     f = figures[0]
     note = f"matrix product in {f['dtype']}: {f['matrix_flops_per_second']['median'] / 1e12:.3f} TFLOP/s"
     if f["communication"] is None:
-        note += f"; one process sends nothing, several {f['gradient_bytes'] / 1e6:.1f} MB each"
-    return aligned([head, *rows]) + f"\n{note}"
+        note += f"\none process sends nothing, several {f['gradient_bytes'] / 1e6:.1f} MB each"
+    return aligned(rows) + f"\n{note}"
+
+
+def table_of_ratios(figures: list[dict[str, Any]]) -> str:
+    """What a mode costs beside the first of its trainer, and how much longer the reference takes for the same. "CPU" is
+    the ratio in time that the process had the cores."""
+    rows = [[f"beside {figures[0]['name']}", "time", "CPU", "multiply-adds", "peak memory"]]
+    rows[0] += ["ref. / ours", "CPU"] if any("speed_over_reference" in f for f in figures) else []
+    for f in figures:
+        beside = f["to_first"]
+        row = [short(f), shown(beside["time"], 2), f"{beside['cpu_time']['median']:.2f}",
+               f"{beside['multiply_adds']:.2f}", f"{beside['peak_bytes']:.3f}"]  # fmt: skip
+        if "speed_over_reference" in f:
+            row += [shown(f["speed_over_reference"], 2), f"{f['cpu_speed_over_reference']['median']:.2f}"]
+        rows.append(row)
+    return aligned(rows)
 
 
 def data(recipes: Sequence[Recipe], flags: Sequence[str]) -> None:
     """Images a second that a core makes of JPEGs, for a row of each recipe."""
     with tempfile.TemporaryDirectory() as folder:
-        args = {
-            recipe.name: modes_of(recipe, ["--augsub", "none", "--variant", ROWS[recipe.name], *flags], folder)[0].args
-            for recipe in recipes
-        }
+        args = {recipe.name: modes_of("data", recipe, flags, folder)[0].args for recipe in recipes}
         first = next(iter(args.values()))
+        images = f"images of {first.data_path}"
         if first.data_path == folder:
             pipelines.make_data(first, min(64, first.images))
+            images = f"JPEGs of {pipelines.WIDTH} x {pipelines.HEIGHT}"
         found = pipelines.measure_pipelines(args, first.images, first.rounds)
         figures: list[dict[str, Any]] = []
         for row in found:
@@ -210,11 +195,13 @@ def data(recipes: Sequence[Recipe], flags: Sequence[str]) -> None:
             figures.append({
                 "name": row.name,
                 "augmentation": row.augmentation,
+                "args": plain(vars(args[row.name])),
                 "images_per_second": {p: spread([1 / s for s in seconds]) for p, seconds in row.seconds.items()},
                 "ms_per_image": {p: spread([1000 * s for s in seconds]) for p, seconds in row.seconds.items()},
                 "to_first": {p: spread([a / b for a, b in zip(base, s)]) for p, s in row.seconds.items()},
             })  # fmt: skip
-        report(recipes, first, Process(torch.device("cpu")), "data", "data", figures)
+        by = "fast with simplejpeg" if simplejpeg is not None else "fast without simplejpeg"
+        report(recipes, first, Process(torch.device("cpu")), "data", f"{images}, {first.images} a turn, {by}", figures)
     names = list(pipelines.PIPELINES)
     head = ["images/s on one core", "augmentation", *names, *(f"{name} / {names[0]}" for name in names[1:])]
     lines = []
@@ -228,9 +215,9 @@ def data(recipes: Sequence[Recipe], flags: Sequence[str]) -> None:
 def end_to_end(recipe: Recipe, flags: Sequence[str]) -> None:
     """A short real training."""
     with tempfile.TemporaryDirectory() as folder:
-        modes = modes_of(recipe, flags, folder)
+        modes = modes_of("end-to-end", recipe, flags, folder)
         args = modes[0].args
-        if args.data_path == folder:
+        if args.data_path == folder and args.data_set != DIGITS:
             pipelines.make_data(args, args.images)
         with started(args.device) as process:
             trainings = [pipelines.prepare_training(recipe, mode, process, args.images) for mode in modes]
@@ -259,7 +246,7 @@ def end_to_end(recipe: Recipe, flags: Sequence[str]) -> None:
 
 def save(recipe: Recipe, flags: Sequence[str]) -> None:
     """Checkpoints that are written while training goes on, in a temporary folder."""
-    modes = modes_of(recipe, flags)
+    modes = modes_of("save", recipe, flags)
     args = modes[0].args
     with started(args.device) as process, tempfile.TemporaryDirectory() as folder:
         figures: list[dict[str, Any]] = []
@@ -295,24 +282,21 @@ def growth(recipe: Recipe, flags: Sequence[str]) -> None:
     args, sweeps = sweeps_of(recipe, flags, modes_of)
     with started(args.device) as process:
         figures = [measured(recipe, sweep, process) for sweep in sweeps]
-        report([recipe], args, process, "growth", model_of(recipe, args), figures)
-    print(*map(table_of, figures), sep="\n\n")
     if args.plot is not None:
         on = timing.machine(process.device)
-        where = on["gpu"] or f"{on['cpu']}, {on['threads']} thread{'s' * (on['threads'] > 1)} a process"
+        where = on["gpu"] or f"{on['cpu']}, {threads_of(on)} a process"
         dtype = figures[0]["points"][0]["figures"][0]["dtype"]
         turns = f"medians and quartiles of {args.rounds} turns" if args.rounds > 1 else "one turn"
-        what = f"{model_of(recipe, args)}, {dtype}; {where}; {turns}"
-        draw(Path(args.plot), figures, what)
+        draw(Path(args.plot), figures, f"{model_of(recipe, args)}, {dtype}; {where}; {turns}")
+    report([recipe], args, process, "growth", model_of(recipe, args), figures)
+    print(*map(table_of, figures), sep="\n\n")
 
 
 def start(recipes: Sequence[Recipe], flags: Sequence[str]) -> None:
     """Seconds that a user waits for each recipe's entry point."""
-    args = modes_of(recipes[0], ["--augsub", "none", *flags])[0].args
-    own = Parser(add_help=False, prog="benchmark.py")
-    add_flags(own)
-    _, rest = own.parse_known_args(list(flags))
-    found = measure_starts({recipe.name: ROWS[recipe.name] for recipe in recipes}, rest, args.rounds)
+    args = modes_of("start", recipes[0], flags)[0].args
+    rows = {recipe.name: args.variant or ROWS[recipe.name] for recipe in recipes}
+    found = measure_starts(rows, flags_of_trainer("start", flags), args.rounds)
     figures: list[dict[str, Any]] = [
         {"name": entry.recipe, "row": entry.row, "seconds": {look: spread(entry.seconds[look]) for look in LOOKS}}
         for entry in found
@@ -337,10 +321,10 @@ def report(
     what: str,
     figures: list[dict[str, Any]],
 ) -> None:
-    """Prints what was measured and on what, and writes the JSON file.
+    """Writes the JSON file, and prints what was measured and on what.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the file cannot be written.
     """
     where = timing.machine(process.device)
     entry = {
@@ -350,13 +334,19 @@ def report(
         "machine": where,
         "rounds": args.rounds,
         "steps": args.steps,
-        **settings(argparse.Namespace(**vars(args) | {"json": str(args.json)}), process),
+        **settings(args, process),
         "figures": figures,
     }
-    on = where["gpu"] or f"{where['cores']} cores of {where['cpu']}, {where['threads']} threads"
-    print(f"{what}; {on}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
     if args.json is not None:
         try:
-            args.json.write_text(json.dumps(entry, indent=2) + "\n")
+            with replacing(Path(args.json)) as file:
+                file.write(json.dumps(entry, indent=2).encode() + b"\n")
         except OSError as error:
             raise ValueError(f"--json {args.json}: not writable ({error.strerror or error})") from error
+    on = where["gpu"] or f"{where['cores']} cores of {where['cpu']}, {threads_of(where)}"
+    print(f"{what}; {on}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
+
+
+def threads_of(machine: dict[str, Any]) -> str:
+    """How many compute threads there were, in words."""
+    return f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"

@@ -1,74 +1,142 @@
-"""The benchmark's own flags, beside those of the trainer that is measured."""
+"""The benchmark's command line: its own flags beside those of the trainer that is measured, read without PyTorch."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import tempfile
-from pathlib import Path
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from common.args import DIGITS, KINDS, Parser, hyphenated, parse
 from common.recipe import Recipe
+from scripts.command import check_writable, count, counts, file, names
+from scripts.table import SHORT
+
+COMMANDS = ("step", "data", "end-to-end", "save", "growth", "start")
+ROWS = {"deit": "small_400", "mae": "base_100", "swin": "tiny", "resnet_rsb": "resnet50"}  # that stand for a recipe
+JOINT = "-joint"
+DROPS = [*KINDS, *(kind + JOINT for kind in KINDS[1:])]
+UNCODED = (DIGITS, "CIFAR10", "CIFAR")  # data sets of pixels
+DROPS_MEASURED = "none,masking"
+# before all other flags; in growth one image cannot be mixed with another, and a process is a core in all sweeps
+BEFORE = {"data": ["--augsub", "none"], "start": ["--augsub", "none"],
+          "growth": ["--mixup", "0", "--cutmix", "0", "--threads", "1"]}  # fmt: skip
+HELP = """Times the {name} trainer, plain and with each drop. The flags are the trainer's and, in the last group,
+those of `benchmark.py {command}`; benchmark.py --help tells of all commands. --augsub takes several drops with commas
+between them, of {drops}. What the measurement does not depend on, such as --epochs or --output-dir, is taken and left
+aside."""
 
 
-def with_flags(recipe: Recipe) -> Recipe:
-    """The recipe with the benchmark's flags beside its own."""
+@dataclass
+class Mode:
+    """A way to train a model: a drop, by this trainer or by the reference.
+
+    Args:
+        kind: the drop.
+        args: its settings.
+    """
+
+    name: str
+    kind: str
+    reference: bool
+    args: argparse.Namespace
+
+
+def modes_asked(
+    command: str, recipe: Recipe, flags: Sequence[str], data_path: str = "unseen", more: Sequence[str] = ()
+) -> list[Mode]:
+    """What a command line asks to compare, with the settings of each.
+
+    Args:
+        command: of the benchmark.
+        data_path: taken where the flags name none, but a variant, a model or a data set.
+        more: flags over all others.
+
+    Raises:
+        ValueError: an unknown drop, data that cannot be measured, more threads than cores, or a file that could not
+            be written in the end.
+    """
+    row = ["--variant", ROWS[recipe.name]] if command == "data" else []
+    own = Parser(add_help=False, prog="benchmark.py")
+    own.add_argument("--augsub", default=DROPS_MEASURED)
+    first, rest = own.parse_known_args([*BEFORE.get(command, []), *row, *flags])
+    given = {hyphenated(word).partition("=")[0] for word in rest}
+    unseen = given & {"--variant", "--model", "--cfg", "--data-set"} and not given & {"--data-path", "--data-dir"}
+    fixed = [*(["--data-path", data_path] if unseen else []), "--output-dir", ""]
+    measured = with_flags(recipe, command)
+    modes = []
+    for drop in dict.fromkeys(first.augsub.split(",")):
+        if drop not in DROPS:
+            raise ValueError(f"--augsub {drop or repr(drop)}: choose from {','.join(DROPS)}")
+        kind = drop.removesuffix(JOINT)
+        joint = ["--augsub-joint"] if drop != kind else []
+        args = parse(measured, [*rest, *fixed, "--augsub", kind, *joint, *more])
+        name = SHORT[kind] + (" joint" if args.augsub_joint and kind != "none" else "")
+        modes.append(Mode(name, kind, False, args))
+    args = modes[0].args
+    if command == "data" and args.data_set in UNCODED:
+        raise ValueError(f"--data-set {args.data_set}: its images are no files to decode, which `data` measures")
+    check_writable("--json", args.json)
+    cores = os.cpu_count() or 1
+    if args.threads is not None and args.threads > cores:
+        raise ValueError(f"--threads {args.threads}: this machine has {cores} core{'s' * (cores > 1)}")
+    return modes
+
+
+def with_flags(recipe: Recipe, command: str) -> Recipe:
+    """The recipe with the flags of a benchmark's command beside its own."""
 
     def add_all(parser: argparse.ArgumentParser) -> None:
         recipe.add_flags(parser)
-        add_flags(parser)
+        add_flags(parser, command)
+        parser.set_defaults(augsub=DROPS_MEASURED)  # for --help; `modes_asked` always names one drop
 
-    return dataclasses.replace(recipe, add_flags=add_all)
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that the trainer does not have."""
-    add = parser.add_argument_group("benchmark").add_argument
-    add("--json", type=Path, default=None, metavar="FILE", help="write the figures here too")
-    add("--reference", action="store_true", help="measure a stand-in for the published trainer beside ours")
-    add("--rounds", type=count, default=7, help="turns that each mode takes")
-    add("--steps", type=count, default=None, help="steps in a turn: 10 on a GPU, 1 on a CPU")
-    add("--warmup", type=count, default=2, help="steps before the first turn")
-    add("--threads", type=count, default=None, help="compute threads on a CPU; torch's own choice")
-    add("--communication", action="store_true", help="step: count what two processes send, in two real ones")
-    add("--profile", action="store_true", help="step: count how often the host waits for the device between log lines")
-    add("--images", type=count, default=256, help="data: images in a turn; end-to-end: in an epoch, which is a turn")
-    add("--batch-sizes", type=counts, default=None, metavar="N,N", help="growth: images of a process; 1,2,4,8,16")
-    add("--image-sizes", type=counts, default=None, metavar="N,N", help="growth: pixels a side; around --input-size")
-    add("--models", type=names, default=None, metavar="NAME,NAME", help="growth: models or variants; the recipe's own")
-    add("--processes", type=counts, default=[1, 2], metavar="N,N", help="growth: processes that train together")
-    add("--plot", default=None, metavar="FILE", help="growth: draw the figure here, as .png, .svg or .pdf")
+    about = HELP.format(name=recipe.name, command=command, drops=", ".join(DROPS))
+    return dataclasses.replace(recipe, about=about, add_flags=add_all)
 
 
-def check_writable(flag: str, path: str | Path | None) -> None:
-    """Refuses a file that could not be written once all is measured.
+def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
+    """The flags that the trainer does not have; those of other commands are settings that stay at their defaults."""
+    group = parser.add_argument_group(f"benchmark.py {command}")
 
-    Raises:
-        ValueError: it is a folder, or nothing can be written where it lies.
-    """
-    if path is None:
-        return
-    try:
-        tempfile.TemporaryFile(dir=Path(path).parent).close()
-        if Path(path).is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: not writable ({error.strerror or error})") from error
+    def add(flag: str, *commands: str, default: Any = None, **words: Any) -> None:
+        if command in commands:
+            group.add_argument(flag, default=default, **words)
+        else:
+            parser.set_defaults(**{flag.removeprefix("--").replace("-", "_"): default})
+
+    steps = ("step", "save", "growth")
+    modes = (*steps, "end-to-end")
+    add("--json", *COMMANDS, type=file, metavar="FILE", help="write the figures here too")
+    add("--rounds", *COMMANDS, type=count, default=7, help="turns that each mode takes")
+    add("--reference", *modes, default=False, action="store_true",
+        help="measure a stand-in for the published trainer beside ours")  # fmt: skip
+    add("--steps", *steps, type=count, help="steps in a turn; 10 on a GPU, 1 on a CPU")
+    add("--warmup", *steps, type=count, default=2, help="steps before the first turn")
+    add("--threads", *modes, type=count, help="compute threads on a CPU; as many as PyTorch chooses")
+    add("--communication", "step", default=False, action="store_true",
+        help="count what two processes send, in two real ones")  # fmt: skip
+    add("--profile", "step", default=False, action="store_true",
+        help="count how often the host waits for the device between log lines")  # fmt: skip
+    turn = "in a turn" if command == "data" else "in an epoch, which is a turn"
+    add("--images", "data", "end-to-end", type=count, default=256, help=turn)
+    add("--batch-sizes", "growth", type=counts, metavar="N,N", help="images of a process; 1,2,4,8,16")
+    add("--image-sizes", "growth", type=counts, metavar="N,N", help="pixels a side; around --input-size")
+    add("--models", "growth", type=names, metavar="NAME,NAME", help="models or variants; the recipe's own")
+    add("--processes", "growth", type=counts, default=[1, 2], metavar="N,N", help="processes that train together")
+    add("--plot", "growth", type=file, metavar="FILE", help="draw the figure here, as .png, .svg or .pdf")
 
 
-def names(value: str) -> list[str]:
-    """Names with commas between them, each once."""
-    if not all(value.split(",")):
-        raise argparse.ArgumentTypeError(f"{value!r}: names with commas between them are needed")
-    return list(dict.fromkeys(value.split(",")))
+def flags_of_trainer(command: str, flags: Sequence[str]) -> list[str]:
+    """A command line without the benchmark's own flags and without the variant."""
+    own = Parser(add_help=False, prog="benchmark.py")
+    add_flags(own, command)
+    own.add_argument("--variant")
+    return own.parse_known_args(list(flags))[1]
 
 
-def counts(value: str) -> list[int]:
-    """Numbers of at least 1 with commas between them, in order, each once."""
-    return sorted({count(number) for number in value.split(",")})
-
-
-def count(value: str) -> int:
-    """A number of at least 1."""
-    if not value.isdigit() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"{value!r}: a whole number of at least 1 is needed")
-    return int(value)
+def needs_recipe(flags: Sequence[str]) -> bool:
+    """Whether flags are of one recipe."""
+    return any(hyphenated(word).partition("=")[0] in ("--variant", "--cfg") for word in flags)

@@ -25,7 +25,8 @@ from common.engine import Trainer, Unreadable, Watch, train_one_epoch
 from common.fast import FastTransform
 from common.loader import FastViews, Views, batches_of, training_loader, training_stages, training_transform
 from common.recipe import Recipe
-from scripts.timing import Mode, build
+from scripts.options import Mode
+from scripts.timing import build
 
 Pipeline = Callable[[argparse.Namespace, Any], Callable[[int], Any]]
 WIDTH, HEIGHT = 500, 375  # of most of ImageNet's photographs
@@ -70,7 +71,14 @@ class Measured:
 
 
 def make_data(args: argparse.Namespace, images: int) -> None:
-    """Photographs in the folder of the data, as files or, where the data set is one of shards, in a shard."""
+    """Photographs in the folder of the data, as files or, where the data set is one of shards, in a shard.
+
+    Raises:
+        ValueError: the data set is neither.
+    """
+    if args.data_set != "IMNET" and not args.data_set.startswith("wds/"):
+        raise ValueError(f"--data-set {args.data_set} needs --data-path; where there is none, photographs are made as "
+                         "files (IMNET) or in a shard (wds/photographs)")  # fmt: skip
     folder = make_photographs(Path(args.data_path), images)
     if args.data_set.startswith("wds/"):
         pack(folder)
@@ -115,7 +123,11 @@ def pack(folder: Path) -> None:
 
 
 def measure_pipelines(rows: dict[str, argparse.Namespace], images: int, rounds: int) -> list[Measured]:
-    """Times each row's pipelines in turn, on one core and in this process, over the same images in each round."""
+    """Times each row's pipelines in turn, on one core and in this process, over the same images in each round.
+
+    Raises:
+        ValueError: the data set has no order.
+    """
     measured = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -200,8 +212,7 @@ def prepare_training(recipe: Recipe, mode: Mode, process: Process, images: int) 
     loader, batches = training_loader(mode.args, data, process)
     batches = min(batches, images // mode.args.batch_size)
     if batches < 2:
-        raise ValueError(f"--images {images} are fewer than two batches: --batch-size {mode.args.batch_size} must "
-                         "shrink")  # fmt: skip
+        raise ValueError(f"--images {images}: two batches of --batch-size {mode.args.batch_size} are needed")
     return Training(mode, build(recipe, mode, process, batches), loader, batches)
 
 

@@ -24,13 +24,13 @@ sys.path[0] = str(ROOT) if __name__ == "__main__" else sys.path[0]
 from common.args import KINDS as DROPS  # noqa: E402
 from common.args import Parser, hyphenated, parse  # noqa: E402
 from common.folder import LAST  # noqa: E402
+from scripts.command import complaining  # noqa: E402
 from scripts.stage import STATUS, STOPPED, read  # noqa: E402
 from scripts.submit import (  # noqa: E402
     UNDER_WAY,
     Cluster,
     add_cluster_flags,
     check_cluster,
-    complaining,
     locked,
     queue,
     run_here,

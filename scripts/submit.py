@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT) if __name__ == "__main__" else sys.path[0]
 
 from common.args import Parser, hyphenated, parse  # noqa: E402
-from common.signals import stop_printing, uninterrupted  # noqa: E402
+from common.signals import uninterrupted  # noqa: E402
+from scripts.command import complaining  # noqa: E402
 from scripts.stage import JOB, STATUS, STOPPED, Queued, read, slurm, update_status, write  # noqa: E402
 from scripts.table import ENTRIES, RECIPES  # noqa: E402
 
@@ -61,23 +62,6 @@ def main() -> None:
             print(f"{folder}: {submit(ENTRIES[args.recipe], flags, folder, cluster, f'augsub-{args.recipe}')}")
     if not cluster.slurm:
         sys.exit(run_here(folder, cluster))
-
-
-@contextlib.contextmanager
-def complaining(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Makes what goes wrong one sentence with status 2, a Ctrl-C one with 130, and a reader that left a quiet 141."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()  # else a reader's leaving would be noticed when it is too late to be quiet
-    except BrokenPipeError:
-        stop_printing()
-        sys.exit(141)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; the same command does what is left\n")
 
 
 def check_cluster(args: argparse.Namespace) -> None:

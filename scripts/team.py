@@ -19,6 +19,7 @@ from common.errors import StopTraining
 from common.recipe import Recipe
 from common.signals import uninterrupted
 from scripts import timing
+from scripts.options import Mode
 
 
 class Team:
@@ -30,7 +31,7 @@ class Team:
         counted: count what is sent, by a hook that takes time.
     """
 
-    def __init__(self, recipe: str, modes: list[timing.Mode], members: int, device: str, counted: bool = False):
+    def __init__(self, recipe: str, modes: list[Mode], members: int, device: str, counted: bool = False):
         context = mp.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
@@ -85,7 +86,7 @@ class Team:
         return [said[pipe] for pipe in self.pipes]
 
 
-def communication(recipe: Recipe, modes: list[timing.Mode]) -> list[dict[str, int]]:
+def communication(recipe: Recipe, modes: list[Mode]) -> list[dict[str, int]]:
     """What one of two processes gives DDP to reduce in a step of each mode: "bytes" of gradients, and "all_reduces".
 
     Counted by a communication hook in two real processes over gloo on the CPU, at a batch of two images.
@@ -104,7 +105,7 @@ def communication(recipe: Recipe, modes: list[timing.Mode]) -> list[dict[str, in
 
 
 def _train(
-    pipe: Connection, folder: str, recipe: str, modes: list[timing.Mode], rank: int, members: int, kind: str,
+    pipe: Connection, folder: str, recipe: str, modes: list[Mode], rank: int, members: int, kind: str,
     counted: bool,
 ) -> None:  # fmt: skip
     from scripts.table import RECIPES

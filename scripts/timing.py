@@ -35,6 +35,7 @@ from common.prepare import create_trainer
 from common.recipe import Recipe
 from common.train import state_of
 from common.writer import Writer, snapshot
+from scripts.options import Mode
 
 PARTS = ("forward", "backward", "optimizer", "EMA", "host")
 BATCHES_OF_EPOCH = 5000  # of the schedule, whose first rate is taken
@@ -61,21 +62,6 @@ class ReferenceTrainer(Trainer):
     def update(self) -> None:
         super().update()
         wait_for(self.process.device)
-
-
-@dataclass
-class Mode:
-    """A way to train a model: a drop, by this trainer or by the reference.
-
-    Args:
-        kind: the drop.
-        args: its settings.
-    """
-
-    name: str
-    kind: str
-    reference: bool
-    args: argparse.Namespace
 
 
 def reference_flags(device: torch.device) -> list[str]:

@@ -51,6 +51,25 @@ def test_a_mistake_is_told_before_pytorch_is_there(entry, flags, complaint):
     assert said.stderr.endswith("imported:\n")
 
 
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["step", "--device", "tpu"], "--device tpu: unknown, use cuda or cpu"),
+    (["step", "--threads", "100000"], "--threads 100000: this machine has"),
+    (["step", "--rounds", "²"], "argument --rounds: '²': a whole number of at least 1 is needed"),
+    (["step", "--augsub", "masking,"], "--augsub '': choose from none,masking,"),
+    (["step", "--json", ""], "argument --json: a file's name is missing"),
+    (["step", "--plot", "figure.png"], "unknown flag --plot"),
+    (["data", "--threads", "2"], "unknown flag --threads"),
+    (["data", "--variant", "small_400"], "of which recipe is the variant?"),
+    (["data", "--data-set", "DIGITS"], "--data-set DIGITS: its images are no files to decode"),
+    (["start", "--nonsense"], "unknown flag --nonsense"),
+    (["growth", "--processes", "0"], "argument --processes: '0': a whole number of at least 1 is needed"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_the_benchmark_tells_of_a_mistake_before_pytorch_is_there(words, sentence):
+    said = answer("scripts/benchmark.py", *words)
+    assert said.returncode == 2 and said.stderr.startswith("benchmark.py: error: ") and sentence in said.stderr
+    assert said.stderr.endswith("imported:\n")
+
+
 def test_this_would_notice_pytorch(tmp_path):
     (tmp_path / "heavy.py").write_text("import torch\n")
     assert answer(str(tmp_path / "heavy.py")).stderr.startswith("imported: numpy torch")
