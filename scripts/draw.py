@@ -106,4 +106,6 @@ def scale(axes: Any, name: str, x: Sequence[float]) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     else:
         axes.set_xticks(x)
+    if len(x) == 1:  # matplotlib's own choice are decades
+        axes.set(xlim=(x[0] / 2, 2 * x[0]), xticks=x)
     axes.xaxis.set(major_formatter=plain, minor_locator=NullLocator())
