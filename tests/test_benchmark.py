@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from scripts import benchmark, growth, measure, pipelines, plan, team, timing
 from scripts.draw import draw
 from scripts.figures import short
 from scripts.measure import modes_of
-from scripts.options import Mode
+from scripts.options import COMMANDS, Mode, modes_asked
 from scripts.table import RECIPES
 from tests.conftest import ROOT, environment, make_jpegs, run
 
@@ -428,6 +430,15 @@ def test_help_tells_of_the_commands_own_flags_and_of_several_drops(monkeypatch, 
     said = capsys.readouterr().out
     assert not leaving.value.code and "masking-joint" in said and "--images IMAGES" in said
     assert "--plot" not in said and "--communication" not in said and "(default: None)" not in said
+
+
+@pytest.mark.parametrize("text", ["README.md", BENCHMARK])
+def test_commands_that_are_written_down_are_understood(text):
+    commands = re.findall(rf"{BENCHMARK} ((?:{'|'.join(COMMANDS)})\b[^`\n]*)", (ROOT / text).read_text())
+    assert len(commands) >= 5
+    for words in commands:
+        command, recipes, flags = benchmark.opening(benchmark.create_parser(), shlex.split(words))
+        assert all(modes_asked(command, recipe, flags) for recipe in recipes)
 
 
 def test_both_passes_at_once_are_named_so_however_they_are_asked_for():
