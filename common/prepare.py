@@ -263,7 +263,7 @@ def use_plain_attention(model: nn.Module, dtype: torch.dtype | None) -> None:
         dtype: autocast's; None without.
     """
     for module in model.modules():
-        learns = hasattr(module, "relative_position_bias_table")
+        learns = getattr(module, "relative_position_bias_table", None) is not None
         if getattr(module, "fused_attn", False) and (learns or dtype is torch.bfloat16):
             module.fused_attn = False  # type: ignore[assignment]
 

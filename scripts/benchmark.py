@@ -42,10 +42,8 @@ from common.args import Parser  # noqa: E402
 from common.recipe import Recipe  # noqa: E402
 from common.signals import listening  # noqa: E402
 from scripts.command import complaining  # noqa: E402
-from scripts.options import COMMANDS, modes_asked, needs_recipe  # noqa: E402
+from scripts.options import COMMANDS, OF_SEVERAL, modes_asked, needs_recipe  # noqa: E402
 from scripts.table import RECIPES  # noqa: E402
-
-OF_SEVERAL = ("data", "start")  # these measure all recipes, where none is named
 
 
 def main() -> None:
@@ -55,7 +53,7 @@ def main() -> None:
     with listening(speaks=False), complaining(parser, interrupted="interrupted"):
         command, recipes, flags = opening(parser, sys.argv[1:])
         for recipe in recipes:
-            modes_asked(command, recipe, flags)  # a mistake is told before PyTorch is imported
+            modes_asked(command, recipe, flags)  # tells of a mistake before PyTorch is imported
         from scripts import measure
 
         call = getattr(measure, command.replace("-", "_"))
@@ -75,10 +73,12 @@ def opening(parser: Parser, words: Sequence[str]) -> tuple[str, list[Recipe], li
     """The command, the recipes to measure, and the flags of a command line.
 
     Raises:
-        ValueError: flags that are of one recipe, and none is named.
+        ValueError: flags come first, or are of one recipe and none is named.
     """
     first = list(takewhile(lambda word: not word.startswith("-"), words))
     flags = list(words[len(first) :])
+    if not first and words and not {"-h", "--help"} & set(flags):
+        raise ValueError(f"{words[0]} before the command, which comes first: one of {', '.join(COMMANDS)}")
     found = parser.parse_args(first or words)
     if found.recipe is not None:
         return found.command, [RECIPES[found.recipe]], flags

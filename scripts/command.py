@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import StopTraining
+from common.folder import replacing
 from common.signals import stop_printing
 
 
@@ -23,15 +24,15 @@ def complaining(
         try:
             yield
         finally:
-            sys.stdout.flush()  # else a reader's leaving would be noticed when it is too late to be quiet
+            if sys.stdout is not None:  # as after >&-
+                sys.stdout.flush()  # else a reader's leaving would be noticed when it is too late to be quiet
     except BrokenPipeError:
         stop_printing()
         sys.exit(141)
     except OSError as error:
-        if error.errno == errno.ENOSPC and error.filename is None:  # standard output's
-            stop_printing()
-            parser.error("what is printed cannot be written (No space left on device)")
-        parser.error(str(error))
+        if error.errno == errno.ENOSPC and sys.stdout is not None:
+            stop_printing()  # in case that it is standard output's, which would be tried again at exit
+        parser.error(str(error) if error.filename else error.strerror or str(error))
     except ValueError as error:
         parser.error(str(error))
     except StopTraining as stop:
@@ -54,6 +55,19 @@ def check_writable(flag: str, path: str | Path | None) -> None:
             raise IsADirectoryError(0, "it is a folder")
     except OSError as error:
         raise ValueError(f"{flag} {path}: not writable ({error.strerror or error})") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is complete or absent; what is no file, such as a pipe, is written to as it is.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    with replacing(path.resolve()) as file:
+        file.write(content)
 
 
 def file(value: str) -> str:

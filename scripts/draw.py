@@ -44,7 +44,7 @@ def draw(path: Path, sweeps: Sequence[dict[str, Any]], what: str) -> None:
                       ncols=len(lines), frameon=False)  # fmt: skip
         figure.supxlabel(what, fontsize=8, color=FAINT)
         try:
-            with replacing(path) as file:
+            with replacing(path.resolve()) as file:
                 figure.savefig(file, format=path.suffix[1:])
         except OSError as error:
             raise ValueError(f"--plot {path}: not writable ({error.strerror or error})") from error

@@ -16,15 +16,14 @@ import torch
 from common.args import DIGITS
 from common.dist import Process, started
 from common.fast import simplejpeg
-from common.folder import replacing
 from common.prepare import check_targets, settings
 from common.recipe import Recipe
 from common.resume import plain
 from scripts import pipelines, plan, timing
+from scripts.command import write_whole
 from scripts.figures import aligned, shown, spread
 from scripts.options import ROWS, Mode, flags_of_trainer, modes_asked
 from scripts.startup import BATCH, LOOKS, measure_starts
-from scripts.table import SHORT
 from scripts.team import communication
 
 
@@ -42,8 +41,7 @@ def modes_of(command: str, recipe: Recipe, flags: Sequence[str], data_path: str 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.reference:
         published = modes_asked(command, recipe, flags, data_path, timing.reference_flags(device))
-        each = {mode.kind: mode.args for mode in published}
-        modes += [Mode(f"reference {SHORT[kind]}", kind, True, own) for kind, own in each.items()]
+        modes += [Mode(f"reference {mode.name}", mode.kind, True, mode.args) for mode in published]
     for mode in modes:
         if mode.args.nb_classes is None:
             mode.args.nb_classes = 10 if mode.args.data_set == DIGITS else 1000
@@ -75,11 +73,12 @@ def step(recipe: Recipe, flags: Sequence[str]) -> None:
             counts = {"waits": waited, "communication": counted}
             figures.append(figures_of(recipe, subject, dtype, rates[dtype]) | counts)
         compare(figures, [subject.seconds for subject in subjects], [subject.cpu for subject in subjects])
-        report([recipe], args, process, "step", model_of(recipe, args), figures)
-    print(table_of_time(figures), table_of_work(figures), table_of_ratios(figures), sep="\n\n")
-    if args.profile:
-        times = ", ".join(f"{short(f)} {f['waits']['waits']}" for f in figures)
-        print(f"\nwaits for the device in {figures[0]['waits']['updates']} steps between log lines:\n{times}")
+        tables = [table_of_time(figures), table_of_work(figures), table_of_ratios(figures)]
+        if args.profile:
+            times = ", ".join(f"{short(f)} {f['waits']['waits']}" for f in figures)
+            updates = figures[0]["waits"]["updates"]
+            tables.append(f"waits for the device in {updates} steps between log lines:\n{times}")
+        report([recipe], args, process, "step", model_of(recipe, args), figures, tables)
 
 
 def figures_of(recipe: Recipe, subject: timing.Subject, dtype: torch.dtype, rates: list[float]) -> dict[str, Any]:
@@ -165,14 +164,14 @@ def table_of_work(figures: list[dict[str, Any]]) -> str:
 
 
 def table_of_ratios(figures: list[dict[str, Any]]) -> str:
-    """What a mode costs beside the first of its trainer, and how much longer the reference takes for the same. "CPU" is
-    the ratio in time that the process had the cores."""
-    rows = [[f"beside {figures[0]['name']}", "time", "CPU", "multiply-adds", "peak memory"]]
+    """What a mode costs beside the first of its trainer, and how much longer the reference takes with the same drop.
+    "CPU" is the ratio before it in time that the process had the cores."""
+    rows = [["", "beside", "time", "CPU", "GMAC", "memory"]]
     rows[0] += ["ref. / ours", "CPU"] if any("speed_over_reference" in f for f in figures) else []
     for f in figures:
-        beside = f["to_first"]
-        row = [short(f), shown(beside["time"], 2), f"{beside['cpu_time']['median']:.2f}",
-               f"{beside['multiply_adds']:.2f}", f"{beside['peak_bytes']:.3f}"]  # fmt: skip
+        first = f["to_first"]
+        row = [short(f), short(first), shown(first["time"], 2), f"{first['cpu_time']['median']:.2f}",
+               f"{first['multiply_adds']:.2f}", f"{first['peak_bytes']:.3f}"]  # fmt: skip
         if "speed_over_reference" in f:
             row += [shown(f["speed_over_reference"], 2), f"{f['cpu_speed_over_reference']['median']:.2f}"]
         rows.append(row)
@@ -200,8 +199,6 @@ def data(recipes: Sequence[Recipe], flags: Sequence[str]) -> None:
                 "ms_per_image": {p: spread([1000 * s for s in seconds]) for p, seconds in row.seconds.items()},
                 "to_first": {p: spread([a / b for a, b in zip(base, s)]) for p, s in row.seconds.items()},
             })  # fmt: skip
-        by = "fast with simplejpeg" if simplejpeg is not None else "fast without simplejpeg"
-        report(recipes, first, Process(torch.device("cpu")), "data", f"{images}, {first.images} a turn, {by}", figures)
     names = list(pipelines.PIPELINES)
     head = ["images/s on one core", "augmentation", *names, *(f"{name} / {names[0]}" for name in names[1:])]
     lines = []
@@ -209,7 +206,9 @@ def data(recipes: Sequence[Recipe], flags: Sequence[str]) -> None:
         speeds = [shown(f["images_per_second"][name], 1) for name in names]
         ratios = [f"{f['to_first'][name]['median']:.2f}" for name in names[1:]]
         lines.append([f["name"], f["augmentation"], *speeds, *ratios])
-    print(aligned([head, *lines]))
+    by = "fast with simplejpeg" if simplejpeg is not None else "fast without simplejpeg"
+    what = f"{images}, {first.images} a turn, {by}"
+    report(recipes, first, Process(torch.device("cpu")), "data", what, figures, [aligned([head, *lines])])
 
 
 def end_to_end(recipe: Recipe, flags: Sequence[str]) -> None:
@@ -235,13 +234,11 @@ def end_to_end(recipe: Recipe, flags: Sequence[str]) -> None:
                     "images_per_second": spread([images / seconds for images, seconds, _ in training.rounds]),
                     "waiting": spread([waited / seconds for _, seconds, waited in training.rounds]),
                 })  # fmt: skip
-            report([recipe], args, process, "end-to-end", model_of(recipe, args), figures)
-    head = ["", "images/s", "waiting for data", "loader processes"]
-    lines = [
-        [f["name"], shown(f["images_per_second"], 1), f"{f['waiting']['median']:.1%}", str(f["loader_processes"])]
-        for f in figures
-    ]
-    print(aligned([head, *lines]))
+            rows = [["", "images/s", "waiting for data", "loader processes"]]
+            for f in figures:
+                speed, waiting = shown(f["images_per_second"], 1), f"{f['waiting']['median']:.1%}"
+                rows.append([f["name"], speed, waiting, str(f["loader_processes"])])
+            report([recipe], args, process, "end-to-end", model_of(recipe, args), figures, [aligned(rows)])
 
 
 def save(recipe: Recipe, flags: Sequence[str]) -> None:
@@ -265,13 +262,11 @@ def save(recipe: Recipe, flags: Sequence[str]) -> None:
                 "write": spread(writes),
                 "step_beside": spread(beside),
             })  # fmt: skip
-        report([recipe], args, process, "save", model_of(recipe, args), figures)
-    head = ["", "parameters", "file", "s a step", "s a step waits", "s a write", "s a step beside it"]
-    lines = []
-    for f in figures:
-        times = [shown(f[name], 2) for name in ("step", "stall", "write", "step_beside")]
-        lines.append([f["name"], f"{f['parameters'] / 1e6:.1f}M", f"{f['bytes'] / 1e6:,.1f} MB", *times])
-    print(aligned([head, *lines]))
+        rows = [["", "parameters", "file", "s a step", "s a step waits", "s a write", "s a step beside it"]]
+        for f in figures:
+            times = [shown(f[name], 2) for name in ("step", "stall", "write", "step_beside")]
+            rows.append([f["name"], f"{f['parameters'] / 1e6:.1f}M", f"{f['bytes'] / 1e6:,.1f} MB", *times])
+        report([recipe], args, process, "save", model_of(recipe, args), figures, [aligned(rows)])
 
 
 def growth(recipe: Recipe, flags: Sequence[str]) -> None:
@@ -282,14 +277,16 @@ def growth(recipe: Recipe, flags: Sequence[str]) -> None:
     args, sweeps = sweeps_of(recipe, flags, modes_of)
     with started(args.device) as process:
         figures = [measured(recipe, sweep, process) for sweep in sweeps]
-    if args.plot is not None:
-        on = timing.machine(process.device)
-        where = on["gpu"] or f"{on['cpu']}, {threads_of(on)} a process"
-        dtype = figures[0]["points"][0]["figures"][0]["dtype"]
-        turns = f"medians and quartiles of {args.rounds} turns" if args.rounds > 1 else "one turn"
-        draw(Path(args.plot), figures, f"{model_of(recipe, args)}, {dtype}; {where}; {turns}")
-    report([recipe], args, process, "growth", model_of(recipe, args), figures)
-    print(*map(table_of, figures), sep="\n\n")
+    try:
+        if args.plot is not None:
+            on = timing.machine(process.device)
+            where = on["gpu"] or f"{on['cpu']}, {threads_of(on)} a process"
+            dtype = figures[0]["points"][0]["figures"][0]["dtype"]
+            turns = f"medians and quartiles of {args.rounds} turns" if args.rounds > 1 else "one turn"
+            draw(Path(args.plot), figures, f"{model_of(recipe, args)}, {dtype}; {where}; {turns}")
+    finally:
+        tables = list(map(table_of, figures))
+        report([recipe], args, process, "growth", model_of(recipe, args), figures, tables)
 
 
 def start(recipes: Sequence[Recipe], flags: Sequence[str]) -> None:
@@ -302,10 +299,9 @@ def start(recipes: Sequence[Recipe], flags: Sequence[str]) -> None:
         for entry in found
     ]
     what = f"seconds from the command, first step of {BATCH} images on JPEGs"
-    report(recipes, args, Process(torch.device("cpu")), "start", what, figures)
     head = ["", "--help", "first step on the digits", "of a row", ""]
     lines = [[f["name"], *(shown(f["seconds"][look], 2) for look in LOOKS), f["row"]] for f in figures]
-    print(aligned([head, *lines]))
+    report(recipes, args, Process(torch.device("cpu")), "start", what, figures, [aligned([head, *lines])])
 
 
 def model_of(recipe: Recipe, args: argparse.Namespace) -> str:
@@ -320,8 +316,9 @@ def report(
     command: str,
     what: str,
     figures: list[dict[str, Any]],
+    tables: Sequence[str],
 ) -> None:
-    """Writes the JSON file, and prints what was measured and on what.
+    """Writes the JSON file and prints the tables, and on what was measured; either, where the other fails.
 
     Raises:
         ValueError: the file cannot be written.
@@ -337,14 +334,14 @@ def report(
         **settings(args, process),
         "figures": figures,
     }
-    if args.json is not None:
-        try:
-            with replacing(Path(args.json)) as file:
-                file.write(json.dumps(entry, indent=2).encode() + b"\n")
-        except OSError as error:
-            raise ValueError(f"--json {args.json}: not writable ({error.strerror or error})") from error
     on = where["gpu"] or f"{where['cores']} cores of {where['cpu']}, {threads_of(where)}"
-    print(f"{what}; {on}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
+    try:
+        if args.json is not None:
+            write_whole(Path(args.json), json.dumps(entry, indent=2).encode() + b"\n")
+    except OSError as error:
+        raise ValueError(f"--json {args.json}: not writable ({error.strerror or error})") from error
+    finally:
+        print(f"{what}; {on}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}", *tables, sep="\n\n")
 
 
 def threads_of(machine: dict[str, Any]) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common.args import DIGITS, KINDS, Parser, hyphenated, parse
@@ -23,10 +25,14 @@ DROPS_MEASURED = "none,masking"
 # before all other flags; in growth one image cannot be mixed with another, and a process is a core in all sweeps
 BEFORE = {"data": ["--augsub", "none"], "start": ["--augsub", "none"],
           "growth": ["--mixup", "0", "--cutmix", "0", "--threads", "1"]}  # fmt: skip
-HELP = """Times the {name} trainer, plain and with each drop. The flags are the trainer's and, in the last group,
-those of `benchmark.py {command}`; benchmark.py --help tells of all commands. --augsub takes several drops with commas
-between them, of {drops}. What the measurement does not depend on, such as --epochs or --output-dir, is taken and left
-aside."""
+OF_SEVERAL = ("data", "start")  # these measure all recipes, where none is named
+SUFFIXES = (".pdf", ".png", ".svg")
+TIMES = """Times the {name} trainer, plain and with each drop. --augsub takes several with commas between them, of
+{drops}."""
+ABOUT = {"data": "Times how images are read, for a row of each recipe where none is named.",
+         "start": "Times how the trainers start, all where none is named."}  # fmt: skip
+FLAGS = """ The flags are a trainer's and, in the last group, those of `benchmark.py {command}`; benchmark.py --help
+tells of all commands. What is not measured, such as --epochs or --output-dir, is taken and left aside."""
 
 
 @dataclass
@@ -55,46 +61,82 @@ def modes_asked(
         more: flags over all others.
 
     Raises:
-        ValueError: an unknown drop, data that cannot be measured, more threads than cores, or a file that could not
-            be written in the end.
+        ValueError: bad input, as far as it shows without the model and the device.
     """
     row = ["--variant", ROWS[recipe.name]] if command == "data" else []
     own = Parser(add_help=False, prog="benchmark.py")
     own.add_argument("--augsub", default=DROPS_MEASURED)
-    first, rest = own.parse_known_args([*BEFORE.get(command, []), *row, *flags])
-    given = {hyphenated(word).partition("=")[0] for word in rest}
+    data = Parser(add_help=False, prog="benchmark.py")
+    data.add_argument("--data-set", default="")
+    found, words = own.parse_known_args([*BEFORE.get(command, []), *row, *flags])
+    given = {hyphenated(word).partition("=")[0] for word in words}
     unseen = given & {"--variant", "--model", "--cfg", "--data-set"} and not given & {"--data-path", "--data-dir"}
+    if data.parse_known_args(words)[0].data_set.startswith("hf"):  # which has its own place
+        unseen = set()
     fixed = [*(["--data-path", data_path] if unseen else []), "--output-dir", ""]
+    drops = found.augsub.split(",")
+    if command in OF_SEVERAL and len(drops) > 1:
+        raise ValueError(f"--augsub {found.augsub}: {command} takes one drop")
     measured = with_flags(recipe, command)
-    modes = []
-    for drop in dict.fromkeys(first.augsub.split(",")):
+    modes: dict[str, Mode] = {}
+    for drop in drops:
         if drop not in DROPS:
             raise ValueError(f"--augsub {drop or repr(drop)}: choose from {','.join(DROPS)}")
-        kind = drop.removesuffix(JOINT)
-        joint = ["--augsub-joint"] if drop != kind else []
-        args = parse(measured, [*rest, *fixed, "--augsub", kind, *joint, *more])
-        name = SHORT[kind] + (" joint" if args.augsub_joint and kind != "none" else "")
-        modes.append(Mode(name, kind, False, args))
-    args = modes[0].args
+        args = parse(measured, [*words, *fixed, *flags_of_drop(drop), *more])
+        name = SHORT[args.augsub] + (" joint" if args.augsub_joint and args.augsub != "none" else "")
+        modes[name] = Mode(name, args.augsub, False, args)
+    check_before(command, args, made=bool(unseen))
+    return list(modes.values())
+
+
+def flags_of_drop(drop: str) -> list[str]:
+    """Those of the trainer for one of `DROPS`."""
+    kind = drop.removesuffix(JOINT)
+    return ["--augsub", kind, *(["--augsub-joint"] if drop != kind else [])]
+
+
+def check_before(command: str, args: argparse.Namespace, made: bool) -> None:
+    """Refuses what would be found out later, or too late.
+
+    Args:
+        made: whether images are made, where the command needs some.
+
+    Raises:
+        ValueError: data that cannot be made or measured, more threads than cores, a file that could not be written.
+    """
     if command == "data" and args.data_set in UNCODED:
         raise ValueError(f"--data-set {args.data_set}: its images are no files to decode, which `data` measures")
+    of_files = args.data_set in ("IMNET", DIGITS) or args.data_set.startswith("wds/")
+    if command in ("data", "end-to-end") and made and not of_files:
+        raise ValueError(f"--data-set {args.data_set} needs --data-path; where there is none, photographs are made as "
+                         "files (IMNET) or in a shard (wds/photographs)")  # fmt: skip
+    if args.threads is not None and args.threads > cores():
+        raise ValueError(f"--threads {args.threads}: this machine has {cores()} core{'s' * (cores() > 1)}")
     check_writable("--json", args.json)
-    cores = os.cpu_count() or 1
-    if args.threads is not None and args.threads > cores:
-        raise ValueError(f"--threads {args.threads}: this machine has {cores} core{'s' * (cores > 1)}")
-    return modes
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    if args.plot is not None and Path(args.plot).suffix not in SUFFIXES:
+        raise ValueError(f"--plot {args.plot}: a name that ends in {', '.join(SUFFIXES)} is needed")
+    check_writable("--plot", args.plot)
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def with_flags(recipe: Recipe, command: str) -> Recipe:
-    """The recipe with the flags of a benchmark's command beside its own."""
+    """The recipe with the flags of a benchmark's command beside its own, and defaults as --help shows them."""
 
     def add_all(parser: argparse.ArgumentParser) -> None:
         recipe.add_flags(parser)
         add_flags(parser, command)
-        parser.set_defaults(augsub=DROPS_MEASURED)  # for --help; `modes_asked` always names one drop
 
-    about = HELP.format(name=recipe.name, command=command, drops=", ".join(DROPS))
-    return dataclasses.replace(recipe, about=about, add_flags=add_all)
+    shown: dict[str, Any] = {"augsub": "none" if command in OF_SEVERAL else DROPS_MEASURED}
+    if command == "growth":
+        shown |= {"mixup": 0, "cutmix": 0, "threads": 1}
+    about = ABOUT.get(command, TIMES.format(name=recipe.name, drops=", ".join(DROPS))) + FLAGS.format(command=command)
+    return dataclasses.replace(recipe, about=about, add_flags=add_all, defaults={**recipe.defaults, **shown})
 
 
 def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
@@ -130,11 +172,13 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def flags_of_trainer(command: str, flags: Sequence[str]) -> list[str]:
-    """A command line without the benchmark's own flags and without the variant."""
+    """A command line as the trainer takes it: without the benchmark's own flags and without the variant."""
     own = Parser(add_help=False, prog="benchmark.py")
     add_flags(own, command)
     own.add_argument("--variant")
-    return own.parse_known_args(list(flags))[1]
+    own.add_argument("--augsub", default="none")
+    found, rest = own.parse_known_args(list(flags))
+    return [*rest, *flags_of_drop(found.augsub)]
 
 
 def needs_recipe(flags: Sequence[str]) -> bool:

@@ -71,14 +71,7 @@ class Measured:
 
 
 def make_data(args: argparse.Namespace, images: int) -> None:
-    """Photographs in the folder of the data, as files or, where the data set is one of shards, in a shard.
-
-    Raises:
-        ValueError: the data set is neither.
-    """
-    if args.data_set != "IMNET" and not args.data_set.startswith("wds/"):
-        raise ValueError(f"--data-set {args.data_set} needs --data-path; where there is none, photographs are made as "
-                         "files (IMNET) or in a shard (wds/photographs)")  # fmt: skip
+    """Photographs in the folder of the data, as files or, where the data set is one of shards, in a shard."""
     folder = make_photographs(Path(args.data_path), images)
     if args.data_set.startswith("wds/"):
         pack(folder)

@@ -35,7 +35,7 @@ from common.prepare import create_trainer
 from common.recipe import Recipe
 from common.train import state_of
 from common.writer import Writer, snapshot
-from scripts.options import Mode
+from scripts.options import Mode, cores
 
 PARTS = ("forward", "backward", "optimizer", "EMA", "host")
 BATCHES_OF_EPOCH = 5000  # of the schedule, whose first rate is taken
@@ -425,7 +425,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         if cpu.exists() else []  # fmt: skip
     return {
         "cpu": names[0] if names else "",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,

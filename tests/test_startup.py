@@ -61,6 +61,10 @@ def test_a_mistake_is_told_before_pytorch_is_there(entry, flags, complaint):
     (["data", "--threads", "2"], "unknown flag --threads"),
     (["data", "--variant", "small_400"], "of which recipe is the variant?"),
     (["data", "--data-set", "DIGITS"], "--data-set DIGITS: its images are no files to decode"),
+    (["end-to-end", "--data-set", "CIFAR10"], "--data-set CIFAR10 needs --data-path; where there is none, photographs"),
+    (["start", "--augsub", "none,masking"], "--augsub none,masking: start takes one drop"),
+    (["growth", "--plot", "figure.gif"], "--plot figure.gif: a name that ends in .pdf, .png, .svg is needed"),
+    (["--rounds", "3", "step"], "--rounds before the command, which comes first: one of step, data"),
     (["start", "--nonsense"], "unknown flag --nonsense"),
     (["growth", "--processes", "0"], "argument --processes: '0': a whole number of at least 1 is needed"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
