@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from operator import index as whole
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -268,10 +269,10 @@ class Shards(Dataset):
 
         Raises:
             KeyError: the class map lacks it.
-            TypeError: it is a list.
+            TypeError: it is no whole number.
             ValueError: a tensor cannot hold it, or it would be taken for that of no image.
         """
-        label = int(self.reader.class_to_idx[target] if self.reader.remap_class else target)
+        label = whole(self.reader.class_to_idx[target] if self.reader.remap_class else target)
         if not 0 <= label < 2**63:
             raise ValueError(f"{label} is no class")
         return label

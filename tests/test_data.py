@@ -683,10 +683,10 @@ def refuses(shards: list[str], tmp_path: Path, facts: dict) -> None:
 
 def test_a_label_that_the_class_map_lacks_is_an_unreadable_image(shards):
     data = open_data_set(settings(*shards), train=True)
-    data.reader.remap_class, data.reader.class_to_idx = True, {3: 5, 4: "x"}
+    data.reader.remap_class, data.reader.class_to_idx = True, {3: 5, 4: "x", 5: 1.7}
     assert data[3][1] == data.bytes_of(3)[1] == 5
     for read in (data.bytes_of, data.__getitem__):
-        for index, words in ((4, "ValueError"), (6, "KeyError: 6")):
+        for index, words in ((4, "TypeError"), (5, "TypeError: 'float'"), (6, "KeyError: 6")):
             with pytest.raises(OSError, match=rf"00{index} of .*0000\.tar cannot be read \({words}"):
                 read(index)
 
