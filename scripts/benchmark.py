@@ -42,7 +42,7 @@ from common.args import Parser  # noqa: E402
 from common.recipe import Recipe  # noqa: E402
 from common.signals import listening  # noqa: E402
 from scripts.command import complaining  # noqa: E402
-from scripts.options import COMMANDS, OF_SEVERAL, modes_asked, needs_recipe  # noqa: E402
+from scripts.options import COMMANDS, OF_SEVERAL, check_before, modes_asked, needs_recipe  # noqa: E402
 from scripts.table import RECIPES  # noqa: E402
 
 
@@ -53,7 +53,8 @@ def main() -> None:
     with listening(speaks=False), complaining(parser, interrupted="interrupted"):
         command, recipes, flags = opening(parser, sys.argv[1:])
         for recipe in recipes:
-            modes_asked(command, recipe, flags)  # tells of a mistake before PyTorch is imported
+            # tells of a mistake before PyTorch is imported, and before anything is measured
+            check_before(command, modes_asked(command, recipe, flags)[0].args)
         from scripts import measure
 
         call = getattr(measure, command.replace("-", "_"))
@@ -77,12 +78,13 @@ def opening(parser: Parser, words: Sequence[str]) -> tuple[str, list[Recipe], li
     """
     first = list(takewhile(lambda word: not word.startswith("-"), words))
     flags = list(words[len(first) :])
-    if not first and words and not {"-h", "--help"} & set(flags):
+    asks = {"-h", "--help"} & set(flags)
+    if words and not (first or asks):
         raise ValueError(f"{words[0]} before the command, which comes first: one of {', '.join(COMMANDS)}")
     found = parser.parse_args(first or words)
     if found.recipe is not None:
         return found.command, [RECIPES[found.recipe]], flags
-    if found.command not in OF_SEVERAL or {"-h", "--help"} & set(flags):
+    if found.command not in OF_SEVERAL or asks:
         return found.command, list(RECIPES.values())[:1], flags
     if needs_recipe(flags):
         raise ValueError(f"of which recipe is the variant? One is named as in: benchmark.py {found.command} swin")

@@ -25,7 +25,7 @@ from common.prepare import autocast_dtype, check_images, check_mask, create_mode
 from common.recipe import Recipe
 from scripts import plan, timing
 from scripts.figures import aligned, short, shown, spread
-from scripts.options import Mode
+from scripts.options import Mode, flags_in
 from scripts.team import Team
 
 # of each recipe, smallest first; a name of a variant gives the model with the variant's other settings
@@ -91,14 +91,8 @@ def sweeps_of(recipe: Recipe, flags: Sequence[str], modes_of: ModesOf) -> tuple[
     Raises:
         ValueError: bad input, in one sentence.
     """
-    data_or_model = Parser(add_help=False, prog="benchmark.py")
-    named = [
-        data_or_model.add_argument(f"--{name}")
-        for name in ("variant", "model", "cfg", "data-path", "data-dir", "data-set")
-    ]
-    given, _ = data_or_model.parse_known_args(list(flags))
     before = ["--batch-size", "64" if torch.cuda.is_available() else "4"]
-    if not any(getattr(given, action.dest) for action in named):
+    if not flags_in(flags) & {"--variant", "--model", "--cfg", "--data-path", "--data-dir", "--data-set"}:
         before += ["--data-set", "DIGITS"]  # keeps the small model's settings where --models names another
     words = [*before, *flags]
     base = modes_of("growth", recipe, words)

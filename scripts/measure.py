@@ -22,12 +22,12 @@ from common.resume import plain
 from scripts import pipelines, plan, timing
 from scripts.command import write_whole
 from scripts.figures import aligned, shown, spread
-from scripts.options import ROWS, Mode, flags_of_trainer, modes_asked
+from scripts.options import ROWS, UNSEEN, Mode, flags_of_trainer, modes_asked
 from scripts.startup import BATCH, LOOKS, measure_starts
 from scripts.team import communication
 
 
-def modes_of(command: str, recipe: Recipe, flags: Sequence[str], data_path: str = "unseen") -> list[Mode]:
+def modes_of(command: str, recipe: Recipe, flags: Sequence[str], data_path: str = UNSEEN) -> list[Mode]:
     """What a command line asks to compare, the reference's modes included, and the number of compute threads set.
 
     Args:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.args import DIGITS, KINDS, Parser, hyphenated, parse
+from common.args import DIGITS, KINDS, Parser, flag, hyphenated, parse
 from common.recipe import Recipe
 from scripts.command import check_writable, count, counts, file, names
 from scripts.table import SHORT
@@ -21,10 +21,12 @@ ROWS = {"deit": "small_400", "mae": "base_100", "swin": "tiny", "resnet_rsb": "r
 JOINT = "-joint"
 DROPS = [*KINDS, *(kind + JOINT for kind in KINDS[1:])]
 UNCODED = (DIGITS, "CIFAR10", "CIFAR")  # data sets of pixels
-DROPS_MEASURED = "none,masking"
-# before all other flags; in growth one image cannot be mixed with another, and a process is a core in all sweeps
-BEFORE = {"data": ["--augsub", "none"], "start": ["--augsub", "none"],
-          "growth": ["--mixup", "0", "--cutmix", "0", "--threads", "1"]}  # fmt: skip
+UNSEEN = "unseen"  # a data path where there is none yet
+# settings where no flag says otherwise, also over a variant's; in growth one image cannot be mixed with another, and a
+# process is a core in all sweeps
+SETTINGS: dict[str, dict[str, Any]] = {command: {"augsub": "none,masking"} for command in COMMANDS}
+SETTINGS["data"] = SETTINGS["start"] = {"augsub": "none"}
+SETTINGS["growth"] |= {"mixup": 0, "cutmix": 0, "threads": 1}
 OF_SEVERAL = ("data", "start")  # these measure all recipes, where none is named
 SUFFIXES = (".pdf", ".png", ".svg")
 TIMES = """Times the {name} trainer, plain and with each drop. --augsub takes several with commas between them, of
@@ -51,7 +53,7 @@ class Mode:
 
 
 def modes_asked(
-    command: str, recipe: Recipe, flags: Sequence[str], data_path: str = "unseen", more: Sequence[str] = ()
+    command: str, recipe: Recipe, flags: Sequence[str], data_path: str = UNSEEN, more: Sequence[str] = ()
 ) -> list[Mode]:
     """What a command line asks to compare, with the settings of each.
 
@@ -64,12 +66,13 @@ def modes_asked(
         ValueError: bad input, as far as it shows without the model and the device.
     """
     row = ["--variant", ROWS[recipe.name]] if command == "data" else []
+    before = [word for name, value in SETTINGS[command].items() for word in (flag(name), str(value))]
     own = Parser(add_help=False, prog="benchmark.py")
-    own.add_argument("--augsub", default=DROPS_MEASURED)
+    own.add_argument("--augsub")
     data = Parser(add_help=False, prog="benchmark.py")
     data.add_argument("--data-set", default="")
-    found, words = own.parse_known_args([*BEFORE.get(command, []), *row, *flags])
-    given = {hyphenated(word).partition("=")[0] for word in words}
+    found, words = own.parse_known_args([*before, *row, *flags])
+    given = flags_in(words)
     unseen = given & {"--variant", "--model", "--cfg", "--data-set"} and not given & {"--data-path", "--data-dir"}
     if data.parse_known_args(words)[0].data_set.startswith("hf"):  # which has its own place
         unseen = set()
@@ -85,8 +88,12 @@ def modes_asked(
         args = parse(measured, [*words, *fixed, *flags_of_drop(drop), *more])
         name = SHORT[args.augsub] + (" joint" if args.augsub_joint and args.augsub != "none" else "")
         modes[name] = Mode(name, args.augsub, False, args)
-    check_before(command, args, made=bool(unseen))
     return list(modes.values())
+
+
+def flags_in(words: Sequence[str]) -> set[str]:
+    """The flags of a command line, without their values."""
+    return {hyphenated(word).partition("=")[0] for word in words}
 
 
 def flags_of_drop(drop: str) -> list[str]:
@@ -95,11 +102,8 @@ def flags_of_drop(drop: str) -> list[str]:
     return ["--augsub", kind, *(["--augsub-joint"] if drop != kind else [])]
 
 
-def check_before(command: str, args: argparse.Namespace, made: bool) -> None:
+def check_before(command: str, args: argparse.Namespace) -> None:
     """Refuses what would be found out later, or too late.
-
-    Args:
-        made: whether images are made, where the command needs some.
 
     Raises:
         ValueError: data that cannot be made or measured, more threads than cores, a file that could not be written.
@@ -107,7 +111,7 @@ def check_before(command: str, args: argparse.Namespace, made: bool) -> None:
     if command == "data" and args.data_set in UNCODED:
         raise ValueError(f"--data-set {args.data_set}: its images are no files to decode, which `data` measures")
     of_files = args.data_set in ("IMNET", DIGITS) or args.data_set.startswith("wds/")
-    if command in ("data", "end-to-end") and made and not of_files:
+    if command in ("data", "end-to-end") and args.data_path == UNSEEN and not of_files:
         raise ValueError(f"--data-set {args.data_set} needs --data-path; where there is none, photographs are made as "
                          "files (IMNET) or in a shard (wds/photographs)")  # fmt: skip
     if args.threads is not None and args.threads > cores():
@@ -132,22 +136,20 @@ def with_flags(recipe: Recipe, command: str) -> Recipe:
         recipe.add_flags(parser)
         add_flags(parser, command)
 
-    shown: dict[str, Any] = {"augsub": "none" if command in OF_SEVERAL else DROPS_MEASURED}
-    if command == "growth":
-        shown |= {"mixup": 0, "cutmix": 0, "threads": 1}
     about = ABOUT.get(command, TIMES.format(name=recipe.name, drops=", ".join(DROPS))) + FLAGS.format(command=command)
-    return dataclasses.replace(recipe, about=about, add_flags=add_all, defaults={**recipe.defaults, **shown})
+    defaults = {**recipe.defaults, **SETTINGS[command]}
+    return dataclasses.replace(recipe, about=about, add_flags=add_all, defaults=defaults)
 
 
 def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
     """The flags that the trainer does not have; those of other commands are settings that stay at their defaults."""
     group = parser.add_argument_group(f"benchmark.py {command}")
 
-    def add(flag: str, *commands: str, default: Any = None, **words: Any) -> None:
+    def add(name: str, *commands: str, default: Any = None, **words: Any) -> None:
         if command in commands:
-            group.add_argument(flag, default=default, **words)
+            group.add_argument(name, default=default, **words)
         else:
-            parser.set_defaults(**{flag.removeprefix("--").replace("-", "_"): default})
+            parser.set_defaults(**{name.removeprefix("--").replace("-", "_"): default})
 
     steps = ("step", "save", "growth")
     modes = (*steps, "end-to-end")
@@ -183,4 +185,4 @@ def flags_of_trainer(command: str, flags: Sequence[str]) -> list[str]:
 
 def needs_recipe(flags: Sequence[str]) -> bool:
     """Whether flags are of one recipe."""
-    return any(hyphenated(word).partition("=")[0] in ("--variant", "--cfg") for word in flags)
+    return bool(flags_in(flags) & {"--variant", "--cfg"})
