@@ -138,12 +138,10 @@ class DoubledBatch(nn.Module):
             patch_embedding(model).register_forward_hook(self._hide)  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self.mask, PixelMask):
+        if not isinstance(self.mask, TokenMask):  # which doubles the tokens
             x = in_autocast_type(x)
-            x = torch.cat([x, self.mask.hide(x, self.ratio) if self.model.training else x])
-        elif self.mask is None:
-            x = in_autocast_type(x)
-            x = torch.cat([x, x])
+            masked = isinstance(self.mask, PixelMask) and self.model.training
+            x = torch.cat([x, self.mask.hide(x, self.ratio) if masked else x])  # type: ignore[union-attr]
         self.on = True
         try:
             main, sub = self.model(x).chunk(2)
