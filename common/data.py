@@ -6,13 +6,13 @@ import argparse
 import io
 import json
 import mmap
+import operator
 import os
 import tarfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from operator import index as whole
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -272,7 +272,7 @@ class Shards(Dataset):
             TypeError: it is no whole number.
             ValueError: a tensor cannot hold it, or it would be taken for that of no image.
         """
-        label = whole(self.reader.class_to_idx[target] if self.reader.remap_class else target)
+        label = operator.index(self.reader.class_to_idx[target] if self.reader.remap_class else target)
         if not 0 <= label < 2**63:
             raise ValueError(f"{label} is no class")
         return label

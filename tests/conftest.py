@@ -92,6 +92,15 @@ def jpegs(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+def write_shard(path: Path, files: dict[str, bytes]) -> None:
+    """A WebDataset shard of files by their names, in order."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
 def make_shards(folder: Path, broken: Collection[tuple[str, int, int]] = ()) -> list[str]:
     """Two WebDataset shards a split, of real JPEGs, with timm's _info.json → the flags that name them.
 
@@ -103,15 +112,13 @@ def make_shards(folder: Path, broken: Collection[tuple[str, int, int]] = ()) -> 
     for split, count in (("train", 24), ("validation", 10)):
         names = [f"digits-{split}-{shard:04}.tar" for shard in range(2)]
         for shard, name in enumerate(names):
-            with tarfile.open(folder / name, "w") as tar:
-                for i in range(count // 2):
-                    jpeg = io.BytesIO()
-                    Image.new("RGB", (40, 40), (20 * i, 100 * shard, 0)).save(jpeg, "JPEG")
-                    content = b"no JPEG" if (split, shard, i) in broken else jpeg.getvalue()
-                    for suffix, part in (("jpg", content), ("cls", str(i + shard * count // 2).encode())):
-                        entry = tarfile.TarInfo(f"{shard}{i:03}.{suffix}")
-                        entry.size = len(part)
-                        tar.addfile(entry, io.BytesIO(part))
+            files = {}
+            for i in range(count // 2):
+                jpeg = io.BytesIO()
+                Image.new("RGB", (40, 40), (20 * i, 100 * shard, 0)).save(jpeg, "JPEG")
+                files[f"{shard}{i:03}.jpg"] = b"no JPEG" if (split, shard, i) in broken else jpeg.getvalue()
+                files[f"{shard}{i:03}.cls"] = str(i + shard * count // 2).encode()
+            write_shard(folder / name, files)
         info[split] = {"name": split, "filenames": names, "shard_lengths": [count // 2] * 2, "num_samples": count}
     (folder / "_info.json").write_text(json.dumps({"splits": info}))
     return ["--data-set", "wds/digits", "--data-path", str(folder)]

@@ -42,7 +42,7 @@ from common.loader import (
 )
 from deit.recipe import RECIPE
 from swin.recipe import RECIPE as SWIN
-from tests.conftest import ROOT, make_shards
+from tests.conftest import ROOT, make_shards, write_shard
 
 ALONE = Process(torch.device("cpu"))
 
@@ -527,14 +527,6 @@ def split_as(folder: Path, **facts) -> None:
     (folder / "_info.json").write_text(json.dumps(info))
 
 
-def write_shard(path: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-
-
 def jpeg() -> bytes:
     file = io.BytesIO()
     photo(40, 30).save(file, "JPEG")
@@ -568,14 +560,8 @@ def test_a_shard_of_unknown_length_is_looked_through_once(shards, tmp_path, open
 
 def test_shards_need_no_room_in_dev_shm(shards, tmp_path):
     """Loader processes know what one of them found, where Docker's 64 MB, here 1 MB, are too few for all places."""
-    small = [
-        "unshare",
-        "--map-root-user",
-        "--mount",
-        "sh",
-        "-c",
-        'mount -t tmpfs -o size=1m none /dev/shm && exec "$@"',
-    ]
+    mount = 'mount -t tmpfs -o size=1m none /dev/shm && exec "$@"'
+    small = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount]
     if shutil.which("unshare") is None or subprocess.run([*small, "sh", "true"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a /dev/shm of their own")
     split_as(tmp_path / "shards", shard_lengths=[12, 100_000])
