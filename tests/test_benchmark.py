@@ -475,19 +475,8 @@ def test_both_passes_at_once_are_named_so_however_they_are_asked_for(flags):
 
 
 def test_what_was_measured_is_kept_though_it_cannot_be_printed(tmp_path):
-    words = [
-        sys.executable,
-        str(ROOT / BENCHMARK),
-        "step",
-        "--rounds",
-        "1",
-        "--warmup",
-        "1",
-        "--augsub",
-        "none",
-        "--json",
-        "f.json",
-    ]
+    flags = "--rounds 1 --warmup 1 --augsub none --json f.json".split()
+    words = [sys.executable, str(ROOT / BENCHMARK), "step", *flags]
     for full in ("1", ""):  # whether the interpreter writes at once
         with open("/dev/full", "w") as nowhere:
             done = subprocess.run(words, cwd=tmp_path, env=environment(PYTHONUNBUFFERED=full), stdout=nowhere,
