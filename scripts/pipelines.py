@@ -116,13 +116,13 @@ def pack(folder: Path) -> None:
 
 
 def measure_pipelines(rows: dict[str, argparse.Namespace], images: int, rounds: int) -> list[Measured]:
-    """Times each row's pipelines in turn, on one core and in this process, over the same images in each round.
+    """Times each row's pipelines in turn, in this process and on one core, which is all that it computes on from here
+    on; over the same images in each round.
 
     Raises:
         ValueError: the data set has no order.
     """
     measured = []
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name, args in rows.items():
         data = open_data_set(args, train=True)
@@ -139,7 +139,6 @@ def measure_pipelines(rows: dict[str, argparse.Namespace], images: int, rounds: 
                     load(index)
                 row.seconds.setdefault(pipeline, []).append((time.perf_counter() - start) / images)
         measured.append(row)
-    torch.set_num_threads(threads)
     return measured
 
 

@@ -34,10 +34,10 @@ from tests.conftest import ROOT, environment, make_jpegs, run
 BENCHMARK = "scripts/benchmark.py"
 
 
-def measured(folder: Path, *words: str) -> tuple[dict[str, Any], str]:
+def measured(folder: Path, *words: str, **env: Any) -> tuple[dict[str, Any], str]:
     """The JSON of a real run of the script, and what it prints."""
     file = folder / "figures.json"
-    done = run(*words, "--json", str(file), cwd=folder, entry=BENCHMARK)
+    done = run(*words, "--json", str(file), cwd=folder, entry=BENCHMARK, **env)
     assert not done.returncode, done.stderr
     assert not done.stderr, "the profiler's chatter among others"
     return json.loads(file.read_text()), done.stdout
@@ -152,7 +152,9 @@ def test_any_timm_model_and_both_passes_at_once(tmp_path):
 
 def test_data(tmp_path):
     data = make_jpegs(tmp_path / "images", train=4)
-    entry, printed = measured(tmp_path, "data", "--data-path", str(data), "--images", "4", "--rounds", "2")
+    entry, printed = measured(
+        tmp_path, "data", "--data-path", str(data), "--images", "4", "--rounds", "2", OMP_NUM_THREADS="2"
+    )
     rows = {figure["name"]: figure for figure in entry["figures"]}
     assert list(rows) == ["deit", "mae", "swin", "resnet_rsb"]
     assert rows["deit"]["augmentation"] == "ThreeAugment" and "rand-m7" in rows["resnet_rsb"]["augmentation"]
@@ -161,6 +163,7 @@ def test_data(tmp_path):
             assert speed["median"] > 0 and row["ms_per_image"][pipeline]["median"] > 0
         assert row["to_first"]["PIL"]["median"] == 1
     assert "ThreeAugment" in printed
+    assert entry["machine"]["threads"] == 1 and ", 1 thread;" in printed
 
 
 def test_data_makes_shards_of_its_photographs(tmp_path):
