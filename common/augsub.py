@@ -2,7 +2,8 @@
 
 Heo, Kim, Yun and Han, "Augmenting Sub-model to Improve Main Model", arXiv 2306.11339 ("MaskSub", CVPR 2025).
 With f the main model, f_p the sub-model at drop probability p, l the recipe's training loss and s the function that
-turns logits into l's targets (softmax, or sigmoid where l is a binary cross-entropy), a batch (x, y) costs
+turns logits into l's targets (softmax, sigmoid where l is a binary cross-entropy, identity in regression), a batch
+(x, y) costs
 
     1/2 l(f(x), y)  +  1/2 l(f_p(x), stop_gradient(s(f(x))))
 
@@ -13,40 +14,65 @@ turns logits into l's targets (softmax, or sigmoid where l is a binary cross-ent
         optimizer.step(); optimizer.zero_grad()
 
 The drops are AugMask ("masking"), AugDrop ("dropout") and AugPath ("droppath"). Degenerate cases: at p = 0 the
-sub-model is the main model; kind "none" is the plain loss l(f(x), y). This file and `common.masking` need torch and
-timm only.
+sub-model is the main model; kind "none" is the plain loss l(f(x), y). `common.criteria` says what s is for each l,
+`common.drops` and `common.masking` where a model has a place for each drop, `common.step_checks` what is refused.
 """
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from common.masking import BLOCK, PixelMask, TokenMask, patch_embedding
+from . import step_checks
+from .criteria import CHOICES, Criterion, SubCriterion, Target, logits_of, sub_criterion
+from .drops import KINDS, InstalledDrop, Switch, install_drop
+from .masking import BLOCK
 
-KINDS = ("none", "masking", "dropout", "droppath")
-Criterion = Callable[[Tensor, Tensor], Tensor]
+NoSync = Callable[[], AbstractContextManager]
+
+
+class StepResult(NamedTuple):
+    """A step with one backward.
+
+    Args:
+        loss: what to call `backward()` on, the mean of both losses (the main model's alone for kind "none").
+        main_loss, sub_loss: detached and unweighted; `sub_loss` is None for kind "none".
+        logits: the main model's, detached.
+    """
+
+    loss: Tensor
+    main_loss: Tensor
+    sub_loss: Tensor | None
+    logits: Tensor
+
+
+class _Pass(NamedTuple):
+    loss: Tensor  # unweighted
+    logits: Tensor
 
 
 class AugSub:
-    """The sub-model of a timm model, and the two losses of a step.
+    """The sub-model of a model, and the two losses of a step.
 
     Args:
         model: the bare model; it is prepared in place (a placeholder becomes a real drop layer, a hierarchical
             model gains a `mask_token`), so do this before making the optimizer, DDP or a compiled model.
         kind: "masking", "dropout", "droppath", or "none" for the plain recipe.
         ratio: the drop probability p of the sub-model, in [0, 1); 0.5 throughout the paper.
+        tokens: module, or its name, that gives (B, prefix + N, D) tokens, for masking to drop some of the N.
+        prefix: how many tokens at the start are no patches; None is 1, or as many as a module of `common.foreign` has.
+        patches: module, or its name, that gives a grid of patches, for masking to put the mask token there.
+        target: what the sub-model learns of the main model's logits: "softmax" over dim 1, "sigmoid", "same" or a
+            function of them; "auto" is what `common.criteria` has for the criterion.
+        logits: the function from the model's output to the logits.
+        block: side of a block that a mask token or pixel mask hides, in pixels; token drop has no blocks.
         batch_norm: "shared" lets both passes update the running batch statistics, as upstream does; "main" the main
             pass alone. Both passes normalise with their own batch's statistics.
-        block: side of a block that a mask token or pixel mask hides, in pixels; token drop has no blocks.
 
     Raises:
         ValueError: an unknown kind, a ratio outside [0, 1), a wrapped model, or a drop the model has no place for.
@@ -58,6 +84,11 @@ class AugSub:
         kind: str = "masking",
         ratio: float = 0.5,
         *,
+        tokens: nn.Module | str | None = None,
+        prefix: int | None = None,
+        patches: nn.Module | str | None = None,
+        target: Target = "auto",
+        logits: Callable[[Any], Tensor] = logits_of,
         block: int = BLOCK,
         batch_norm: str = "shared",
     ):
@@ -67,18 +98,30 @@ class AugSub:
             raise ValueError(f"unknown batch_norm {batch_norm!r}: choose shared or main")
         if not 0 <= ratio < 1:
             raise ValueError(f"drop ratio {ratio} is outside [0, 1)")
-        if hasattr(model, "no_sync") or hasattr(model, "_orig_mod"):
-            raise ValueError(f"make AugSub from the bare model, before {type(model).__name__} wraps it")
-        self.kind, self.ratio = kind, ratio
-        self.joined: str | None = None  # how `common.joint.join` computes both passes at once
-        self.drop, self.switches = ("plain", []) if kind == "none" else _install(model, kind, ratio, block)
+        if not callable(target) and target not in ("auto", "softmax", "sigmoid", "same"):
+            raise ValueError(f'target: {target!r} is unknown; use "auto", {CHOICES}')
+        step_checks.check_bare(model)
+        self.model, self.kind, self.ratio, self.target, self.logits = model, kind, ratio, target, logits
+        self.installed = InstalledDrop("plain", [], [])
+        if kind != "none":
+            self.installed = install_drop(model, kind, ratio, block, tokens=tokens, prefix=prefix, patches=patches)
+        token = self.installed.mask_token
+        if token is not None:  # it trains where anything does
+            token.requires_grad_(any(p.requires_grad for p in model.parameters() if p is not token))
+        self._token_names = {name for name, parameter in model.named_parameters() if parameter is token}
+        if self.installed.note:
+            warnings.warn(f"AugSub: {self.installed.note}", stacklevel=2)
+        self.drop, self.switches = self.installed.name, list(self.installed.switches)
+        self._acting = step_checks.find_acting_modules(model, self.installed.switches)
         if batch_norm == "main":
             norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
             self.switches += [Switch(m, "track_running_stats", False) for m in norms if m.track_running_stats]
+        self._removed = False
+        self._checked: set[int] = set()  # ids of the models of steps so far
+        self._open_step: Generator[_Pass] | None = None  # the passes of a step that has begun and not ended
 
     def __repr__(self) -> str:
-        joined = f", {self.joined}" if self.joined else ""
-        return f"AugSub({self.kind}, ratio={self.ratio}, {self.drop}{joined})"
+        return f"AugSub({self.kind}, ratio={self.ratio}, {self.drop})"
 
     @property
     def weight(self) -> float:
@@ -87,176 +130,225 @@ class AugSub:
 
     @contextmanager
     def sub_model(self) -> Iterator[None]:
-        """Within it the model given to `__init__` is the sub-model; every rate is restored at the end.
+        """Turn the model given to `__init__` into the sub-model; on exit every rate is restored.
 
         Drops act in training mode only: after `model.eval()` the sub-model equals the main model, inside this
         context as outside. The context changes neither the mode nor whether gradients are recorded, so
         `with torch.no_grad(), augsub.sub_model(): model(x)` is the sub-model's output for a model in train().
         """
-        before = [getattr(switch.module, switch.name) for switch in self.switches]
+        main_values = [getattr(switch.module, switch.name) for switch in self.switches]
         try:
             for switch in self.switches:
-                setattr(switch.module, switch.name, switch.within)
+                setattr(switch.module, switch.name, switch.sub_value)
             yield
         finally:
-            for switch, rate in zip(self.switches, before):
-                setattr(switch.module, switch.name, rate)
+            for switch, main_value in zip(self.switches, main_values):
+                setattr(switch.module, switch.name, main_value)
 
     def losses(
-        self, model: nn.Module, x: Tensor, y: Tensor, criterion: Criterion, *, sync: bool = True
+        self,
+        model: nn.Module,
+        x: Any,
+        y: Any,
+        criterion: Criterion,
+        *,
+        sync: bool = True,
+        no_sync: NoSync | None = None,
     ) -> Iterator[Tensor]:
-        """Yields the weighted loss of the main model, then that of its sub-model; call `backward()` on each in turn.
+        """Yield the weighted loss of the main model, then that of its sub-model; call `backward()` on each in turn.
 
-        The first graph can be freed before the second is built, so the peak memory is the plain recipe's. Given a DDP
-        model, the main pass's forward and backward are held under `no_sync()`: a step costs one all-reduce.
+        The first graph is freed before the second is built, so the peak memory is the plain recipe's and the first
+        pass's gradients.
 
         `sum(augsub.losses(...)).backward()` is the same step with one backward: the same gradients to rounding and
         still one all-reduce, for the memory of both graphs. Not with activation checkpointing and AugDrop or AugPath:
-        backward would recompute the sub pass at the main model's rates.
+        backward would recompute the sub pass at the main model's rates. `step` refuses that, and gives the logits too.
+
+        Each call draws its drop anew. An optimizer that evaluates a step several times (SAM, LBFGS) needs the same one
+        each time: in its closure, `with torch.random.fork_rng(): torch.manual_seed(step)` around the loop holds it.
 
         Args:
-            model: the model of `__init__`, bare, in DDP or compiled; or what `common.joint.join` made of it, whose
-                losses come from one graph and must be summed.
-            x: images (B, 3, H, W), which both passes see.
-            y: labels, class indices (B,) or probabilities (B, K).
+            model: the model of `__init__`, bare, in DDP or compiled.
+            x: images (B, 3, H, W), which both passes see; a tuple holds several inputs, a mapping those by keyword.
+            y: labels, class indices (B,) or (B, H, W), or probabilities (B, K).
             criterion: the recipe's loss, mean over the batch. What it does to labels (smoothing, a threshold) it does
                 to `y` only; the sub-model learns the main model's output as it is.
             sync: False on all but the last micro-batch of an accumulated step, so that DDP waits with its
                 all-reduce. Scale what is yielded by 1 / micro-batches.
+            no_sync: gives a context in which gradients are not reduced; the model's own where it is None.
 
         Yields:
             scalars in float32, also under autocast: `weight` * l.
+
+        Raises:
+            ValueError: a criterion without a known target, a model in eval mode, or a mistake that
+                `common.step_checks` names. No gradient has been computed then.
         """
-        wait = getattr(model, "no_sync", nullcontext)
-        with nullcontext() if sync and (self.joined or self.kind == "none") else wait():
-            logits, sub_logits = model(x) if self.joined else (model(x), None)
-            yield self.weight * _float32(criterion, logits, y)
+        passes = self._start_step(model, x, y, criterion, sync, no_sync)
+        return (self.weight * each.loss for each in passes)
+
+    def step(
+        self,
+        model: nn.Module,
+        x: Any,
+        y: Any,
+        criterion: Criterion,
+        *,
+        sync: bool = True,
+        no_sync: NoSync | None = None,
+    ) -> StepResult:
+        """Return both losses as one, for a trainer that calls `backward()` once; arguments and errors of `losses`."""
+        step_checks.check_recomputation(self.model, self.kind)
+        main, *subs = self._start_step(model, x, y, criterion, sync, no_sync)
+        loss = sum((self.weight * each.loss for each in subs), self.weight * main.loss)
+        sub_loss = subs[0].loss.detach() if subs else None
+        return StepResult(loss, main.loss.detach(), sub_loss, main.logits.detach())
+
+    def remove(self) -> None:
+        """Give the model back as it was, without drop layers, hooks and mask token."""
+        self._close_step()
+        for undo in reversed(self.installed.undo):
+            undo()
+        self._removed = True
+
+    def plain_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return a model's state dict without the mask token and the prefixes of DDP and compile.
+
+        Args:
+            model: the model of `__init__`, an average of it, or what wraps either.
+        """
+        model = step_checks.unwrap(model)
+        token = self.installed.mask_token
+        state = model.state_dict()
+        names = {name for name, parameter in model.named_parameters() if parameter is token}
+        if not names:  # an average, or loaded with assign=True
+            names = self._token_names & state.keys()
+        if not names:  # an average of a wrapper has it under a longer name
+            names = {name for name in state for own in self._token_names if name.endswith(f".{own}")}
+        state = {name: value for name, value in state.items() if name not in names}
+        return {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that AugSub added to its model, none of which is to decay."""
+        return {name for name, _ in self.model.named_parameters() if name in self._token_names}
+
+    def _start_step(
+        self,
+        model: nn.Module,
+        x: Any,
+        y: Any,
+        criterion: Criterion,
+        sync: bool,
+        no_sync: NoSync | None,
+    ) -> Iterator[_Pass]:
+        """Begin a step, where nothing has been computed yet."""
+        self._refuse_open_step()
+        soft = self.check_step(model, criterion)
+        if no_sync is None:  # a DDP with a static graph has to reduce in its first backward
+            no_sync = nullcontext if getattr(model, "static_graph", False) else getattr(model, "no_sync", nullcontext)
+        return self._in_turn(self._passes(model, x, y, criterion, soft, sync, no_sync))
+
+    def check_step(
+        self, model: nn.Module, criterion: Criterion
+    ) -> tuple[SubCriterion, Callable[[Tensor], Tensor]] | None:
+        """Check what a step is made of → `sub_criterion`, or None for kind "none"; errors of `losses`."""
+        if self._removed:
+            raise ValueError("AugSub: was removed from its model; make a new one")
         if self.kind == "none":
+            return None
+        soft = sub_criterion(criterion, self.target)
+        step_checks.check_mode(self._acting)
+        if id(model) not in self._checked:
+            layers = [*self._acting, *(switch.module for switch in self.switches)]
+            step_checks.check_first_step(self.model, model, self.installed.mask_token, layers)
+            self._checked.add(id(model))
+        return soft
+
+    def _in_turn(self, passes: Generator[_Pass]) -> Generator[_Pass]:
+        """Yield a step's passes, refused while those of another are not all taken."""
+        self._refuse_open_step()
+        self._open_step = passes
+        try:
+            yield from passes
+        finally:
+            if self._open_step is passes:
+                self._open_step = None
+
+    def _refuse_open_step(self) -> None:
+        if self._close_step():
+            raise ValueError(
+                "losses: the step before was not finished, so that the model was still its sub-model; take all that "
+                "losses() yields in a for loop or with sum(), or use step()"
+            )
+
+    def _close_step(self) -> bool:
+        """Turn the model back from the sub-model where a step has not ended → whether one had not."""
+        passes, self._open_step = self._open_step, None
+        if passes is not None:
+            passes.close()
+        return passes is not None
+
+    def _passes(
+        self,
+        model: nn.Module,
+        x: Any,
+        y: Any,
+        criterion: Criterion,
+        soft: tuple[SubCriterion, Callable[[Tensor], Tensor]] | None,
+        sync: bool,
+        no_sync: NoSync,
+    ) -> Generator[_Pass]:
+        # A generator stops at `yield` inside its `with`, so each context below covers the caller's backward() too.
+        # DDP all-reduces in the backward of a pass whose forward ran outside no_sync(), and then sends all gradients
+        # that have accumulated. One all-reduce a step is enough, in its last pass:
+        #
+        #                       earlier micro-batches    last micro-batch (sync)
+        #   main pass           no_sync                  no_sync; without a sub pass all-reduce
+        #   sub pass            no_sync                  all-reduce, of both passes' gradients
+        with nullcontext() if sync and soft is None else no_sync():
+            self._keep_token_in_graph(model)
+            logits = self.logits(_call(model, x))
+            yield _Pass(_float32(criterion, logits, y), logits)
+        if soft is None:
             return
-        soft_criterion, to_target = soft_target_loss(criterion)
+        soft_criterion, to_target = soft
         target = to_target(logits.detach().float())
-        if sub_logits is not None:
-            yield self.weight * _float32(soft_criterion, sub_logits, target)
+        # the rates stay switched during backward too, so activation checkpointing recomputes the sub-model
+        with nullcontext() if sync else no_sync(), self.sub_model():
+            logits = self.logits(_call(model, x))
+            yield _Pass(_float32(soft_criterion, logits, target, y), logits)
+
+    def _keep_token_in_graph(self, model: nn.Module) -> None:
+        """Let the main pass use the mask token, with weight 0, where a DDP might reduce in this pass's backward.
+
+        DDP expects a gradient of each parameter then. Its own `no_sync` keeps it from that, but not with a static
+        graph, which it learns from the first backward, nor where the DDP is around a module that calls `model`.
+        """
+        token = self.installed.mask_token
+        processes = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if token is None or not token.requires_grad or not processes:
             return
-        # the rates stay switched while the caller runs backward, so activation checkpointing recomputes this pass
-        with nullcontext() if sync else wait(), self.sub_model():
-            yield self.weight * _float32(soft_criterion, model(x), target)
+        if hasattr(model, "no_sync") and not getattr(model, "static_graph", False):
+            return
+        if any(parameter is token for parameter in self.model.parameters()):  # else FSDP has made another of it
+            for switch in self.installed.switches:
+                switch.module.uses_token_always = True
 
 
-def soft_target_loss(criterion: Criterion) -> tuple[Criterion, Callable[[Tensor], Tensor]]:
-    """The criterion as the sub-model uses it, and the function that makes its targets from the main model's logits.
-
-    The targets are sigmoid's for a binary cross-entropy and softmax's otherwise. Label smoothing and target
-    thresholds are dropped, because they are corrections of labels and the target is none.
-    """
-    if isinstance(criterion, BinaryCrossEntropy):
-        return _without(criterion, target_threshold=None, smoothing=0.0), torch.sigmoid
-    if isinstance(criterion, nn.BCEWithLogitsLoss):
-        return criterion, torch.sigmoid
-    if isinstance(criterion, LabelSmoothingCrossEntropy):
-        return SoftTargetCrossEntropy(), _softmax
-    if isinstance(criterion, nn.CrossEntropyLoss):
-        return _without(criterion, label_smoothing=0.0), _softmax
-    return criterion, _softmax
+def _call(model: nn.Module, x: Any) -> Any:
+    if isinstance(x, Mapping):
+        is_naflex = {"patches", "patch_coord"} <= x.keys()  # timm's NaFlexViT takes its mapping as one argument
+        return model(x) if is_naflex else model(**x)
+    return model(*x) if isinstance(x, tuple) else model(x)
 
 
-def drops(model: nn.Module) -> dict[str, str]:
-    """Each drop that the model has a place for, with how it works there, e.g. {"masking": "token drop"}.
-
-    Nothing is changed in the model.
-    """
-    offered = {"masking": _mask_name(model)}
-    if _dropouts(model):
-        offered["dropout"] = "dropout of attention projections and MLPs"
-    if _drop_paths(model):
-        offered["droppath"] = "stochastic depth of every block"
-    return offered
-
-
-class Switch(NamedTuple):
-    """An attribute of a module that holds a drop rate, and its value in the sub-model."""
-
-    module: Any
-    name: str
-    within: float
-
-
-def _install(model: nn.Module, kind: str, ratio: float, block: int) -> tuple[str, list[Switch]]:
-    offered = drops(model)
-    if kind not in offered:
-        raise ValueError(f"{type(model).__name__} has no place for {kind}: it offers {', '.join(offered)}")
-    if ratio == 0:  # the sub-model is the main model; a mask token would be a parameter without a gradient
-        return offered[kind], []
-    if kind == "masking":
-        return offered[kind], [_install_mask(model, ratio, block)]
-    if kind == "dropout":
-        return offered[kind], [Switch(module, "p", ratio) for module in _dropouts(model)]
-    switches = []
-    for branch, name in _drop_paths(model):
-        if not isinstance(getattr(branch, name), DropPath):
-            setattr(branch, name, DropPath(0.0).train(branch.training))
-        switches.append(Switch(getattr(branch, name), "drop_prob", ratio))
-    return offered[kind], switches
-
-
-def _mask_name(model: nn.Module) -> str:
-    # a model that keeps its tokens in a grid, as SAM's does, counts no prefix tokens and cannot spare any
-    sequence = hasattr(model, "patch_drop") and hasattr(model, "num_prefix_tokens")
-    if sequence or hasattr(model, "patch_drop_rate"):
-        return "token drop"
-    return TokenMask.name if patch_embedding(model) is not None else PixelMask.name
-
-
-def _install_mask(model: nn.Module, ratio: float, block: int) -> Switch:
-    name = _mask_name(model)
-    if name != "token drop":
-        return Switch((TokenMask if name == TokenMask.name else PixelMask).on(model, block), "ratio", ratio)
-    if not hasattr(model, "patch_drop"):  # Hiera drops whole mask units itself
-        return Switch(model, "patch_drop_rate", ratio)
-    if not isinstance(model.patch_drop, (PatchDropout, PatchDropoutWithIndices)):
-        # a model with rotary or variable-length positions holds None here and wants to know which tokens were kept
-        layer = PatchDropoutWithIndices if model.patch_drop is None else PatchDropout
-        model.patch_drop = layer(0.0, num_prefix_tokens=model.num_prefix_tokens).train(model.training)
-    return Switch(model.patch_drop, "prob", ratio)
-
-
-def _dropouts(model: nn.Module) -> list[nn.Dropout]:
-    """Dropouts of attention projections and MLPs; not those of attention weights, positions, pooling or the head."""
-    inside = re.compile(
-        r"(?!.*\b(head|attn_pool|\w*rel_pos|cpb_mlp|meta_mlp)\b).*"
-        r"\b(proj_drop|drop[123]|mlp_drop|out_drop|mlp\.drop|linear\.drop|main\.\d+)"
-    )
-    return [m for name, m in model.named_modules() if isinstance(m, nn.Dropout) and inside.fullmatch(name)]
-
-
-def _drop_paths(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where residual branches have their stochastic depth: (block, attribute). At rate 0 timm leaves an Identity or
-    None there."""
-    return [
-        (block, name)
-        for block in model.modules()
-        for name, layer in (vars(block) | block._modules).items()
-        if re.fullmatch(r"(\w+_)?drop_path\d*", name) and (layer is None or isinstance(layer, (DropPath, nn.Identity)))
-    ]
-
-
-def _float32(criterion: Criterion, logits: Tensor, target: Tensor) -> Tensor:
+def _float32(criterion: Callable[..., Tensor], logits: Tensor, *targets: Any) -> Tensor:
+    """Compute the criterion outside autocast."""
     with torch.autocast(logits.device.type, enabled=False):
-        return criterion(logits.float(), target)
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    return logits.softmax(dim=-1)
-
-
-def _without(criterion: nn.Module, **neutral: Any) -> Criterion:
-    plain = copy.copy(criterion)
-    for name, value in neutral.items():
-        setattr(plain, name, value)
-    return plain
+        return criterion(logits.float(), *targets)
 
 
 if __name__ == "__main__":
-    from common.survey import main
+    from .survey import main
 
     main()

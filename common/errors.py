@@ -1,4 +1,4 @@
-"""What ends a run, and which process says so."""
+"""Exceptions that end a run, and which process prints the message."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 
 
 class StopTraining(Exception):
-    """Training cannot go on; the message says why, and what is left. One process alone may raise it."""
+    """Training cannot go on; the message says why and what is left. A single rank may raise it."""
 
 
-class Leaving(SystemExit):
-    """The process ends with a status; the first of several has the sentence that says why."""
+class CleanExit(SystemExit):
+    """Ends the process with an exit code and no traceback; `message` is "" on all ranks but the one that printed it."""
 
-    def __init__(self, sentence: str, status: int):
-        super().__init__(status)
-        self.sentence = sentence
+    def __init__(self, message: str, code: int):
+        super().__init__(code)
+        self.message = message
 
 
-def is_main_before_start() -> bool:
-    """Whether this is the first process, told from the environment alone, so that one process speaks of bad input."""
+def is_rank_zero_from_env() -> bool:
+    """Whether this is rank 0, read from torchrun's or Slurm's variables, so before the process group exists."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0

@@ -1,4 +1,4 @@
-"""Which timm architecture offers which drops: `python -m common.augsub --list [pattern]`."""
+"""Print which drops each timm architecture offers: `python -m augsub --list [pattern]`."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from collections.abc import Iterator
 import timm
 import torch
 
-from common.augsub import drops
-from common.signals import stop_printing
-
-COLUMNS = ("masking", "dropout", "droppath")
+from .drops import find_drops
+from .streams import protect_output, silence_stdout
 
 
 def survey(pattern: str = "*") -> Iterator[tuple[str, dict[str, str] | None]]:
-    """Every timm architecture whose name matches → what `drops` says of it; None for one that cannot be built here.
+    """Yield every timm architecture whose name matches, with what `find_drops` says of it; None for one that cannot
+    be built here.
 
-    Models are built without memory for their weights, on torch's meta device.
+    Models are built on torch's meta device, without memory for their weights.
     """
     for name in timm.list_models(pattern):
         try:
             with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-                yield name, drops(timm.create_model(name))
+                yield name, find_drops(timm.create_model(name))
         except Exception:  # an optional package is missing, or its initialisation needs values
             yield name, None
 
 
-def main() -> None:
-    """Prints the table, a line each as it is known."""
-    parser = argparse.ArgumentParser(prog="python -m common.augsub", description=__doc__)
-    parser.add_argument("--list", nargs="?", const="*", metavar="PATTERN", required=True, help="such as 'swin*'")
-    args = parser.parse_args()
-    try:
-        print_list(parser, args.list)
-    except BrokenPipeError:
-        stop_printing()
-        parser.exit(141)
-
-
-def print_list(parser: argparse.ArgumentParser, asked: str) -> None:
-    """A line for each architecture, as it is known."""
-    pattern = asked if any(sign in asked for sign in "*?[") else f"*{asked}*"
+def print_drops(parser: argparse.ArgumentParser, words: str) -> None:
+    """Print a line for each architecture as soon as it is known; exit with status 2 where none matches."""
+    pattern = words if any(wildcard in words for wildcard in "*?[") else f"*{words}*"
     print(f"{'architecture':<44} {'masking by':<14} dropout  droppath")
-    found = False
+    matches = 0
     for name, offered in survey(pattern):
-        found = True
+        matches += 1
         if offered is None:
             print(f"{name:<44} cannot be built here", flush=True)
             continue
-        dropout, droppath = ("yes" if kind in offered else "-" for kind in COLUMNS[1:])
+        dropout, droppath = ("yes" if kind in offered else "-" for kind in ("dropout", "droppath"))
         print(f"{name:<44} {offered['masking']:<14} {dropout:<8} {droppath}", flush=True)
-    if not found:
-        parser.exit(2, f"no timm architecture matches {asked!r}\n")
+    if not matches:
+        parser.exit(2, f"no timm architecture matches {words!r}\n")
+
+
+def main() -> None:
+    """Run the command line; a closed pipe (`| head`) exits quietly with status 141."""
+    protect_output()
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
+    parser.add_argument("--list", nargs="?", const="*", metavar="PATTERN", required=True, help="such as 'swin*'")
+    args = parser.parse_args()
+    try:
+        print_drops(parser, args.list)
+    except BrokenPipeError:
+        silence_stdout()
+        parser.exit(141)

@@ -1,23 +1,22 @@
 """DeiT-III's vision transformers under upstream's names, registered with timm.
 
-`timm.create_model("deit_small_patch16_LS")` works once this module is imported. They are timm's `deit3_*` in shape,
-with upstream's initialisation and a stochastic depth rate that is the same in every block (arXiv 2204.07118).
+`timm.create_model("deit_small_patch16_LS")` works once this module is imported. Their shapes are those
+of timm's `deit3_*`, with upstream's initialisation and one stochastic depth rate for every block (arXiv 2204.07118).
 """
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from common.models import create_timm_model, register, resample_positions
+from common.models import register, resample_positions
 
 
 def create(drop_path_rate: float = 0.0, **kwargs: Any) -> VisionTransformer:
-    """A vision transformer with LayerScale and a class token without position, as DeiT-III trains it.
+    """Create a vision transformer with LayerScale and a class token without position, as DeiT-III trains it.
 
     Args:
         drop_path_rate: stochastic depth rate of every block.
@@ -51,25 +50,36 @@ for _name, _shape in SHAPES.items():
     register(__name__, _name, create, **_shape)
 
 
-def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
-    """The model `args.model`, one of the above or any of timm's."""
-    model = create_timm_model(args, classes)
-    if args.attn_only:
-        train_attention_only(model)
-    return model
+# timm's models of the same shape; the others are DEIT3 with the arguments in SHAPES
+DEIT3 = "deit3_small_patch16_224"
+DEIT3_BY_NAME = {
+    "deit_small_patch16_LS": DEIT3,
+    "deit_medium_patch16_LS": "deit3_medium_patch16_224",
+    "deit_base_patch16_LS": "deit3_base_patch16_224",
+    "deit_large_patch16_LS": "deit3_large_patch16_224",
+    "deit_huge_patch14_LS": "deit3_huge_patch14_224",
+}
+
+
+def hub_architecture(name: str, image_size: int) -> tuple[str, dict[str, Any]] | None:
+    """timm's name of a model that is registered here, and the arguments that give its shape; None for other models."""
+    if name not in SHAPES:
+        return None
+    shape = {} if name in DEIT3_BY_NAME else SHAPES[name]
+    return DEIT3_BY_NAME.get(name, DEIT3), {"img_size": image_size, **shape}
 
 
 def adapt_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Upstream's names → timm's (`gamma_1` → `ls1.gamma`), with positions of another image size interpolated."""
-    own = model.state_dict()
+    """Rename upstream's weights to timm's names (`gamma_1` → `ls1.gamma`); interpolate positions to the image size."""
+    names = model.state_dict().keys()
     renamed = {
-        name if name in own else name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): weight
+        name if name in names else name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): weight
         for name, weight in state.items()
     }
     return resample_positions(renamed, model)
 
 
 def train_attention_only(model: nn.Module) -> None:
-    """Freezes all but the attention blocks, the position embedding and the classifier (arXiv 2203.09795)."""
+    """Freeze all but the attention layers, the position embedding and the classifier (arXiv 2203.09795)."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".attn." in name or name.startswith(("head.", "pos_embed")))

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from common.recipe import Recipe, late, lr_per_512
+from common.recipe import Recipe
+from common.train_args import TrainArgs
 
-# The paper's settings. A row of the table is one of these with a model, its regularisation and its batch.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from common.optim import SetLR
+
+# The paper's settings. A row of the table adds a model, its regularisation and its batch.
 PRETRAIN = {
     "smoothing": 0.0,
     "reprob": 0.0,
@@ -50,7 +57,7 @@ VARIANTS = {
     "huge_finetune": FINETUNE | {"model": "deit_huge_patch14_LS", "batch_size": 8, "drop_path": 0.55},
 }
 
-# Without mixing, flips and colours, which a digit does not survive or does not have.
+# Without mixing and flips, which change what a digit is, and without colours, which it does not have.
 DIGITS = {
     "model": "deit_pico_patch8_LS",
     "input_size": 32,
@@ -73,60 +80,96 @@ DIGITS = {
     "eval_crop_ratio": 1.0,
     "model_ema_decay": 0.99,
     "amp": "off",
-    "num_workers": 0,  # two loader processes beside two compute threads are no faster on two cores
+    "num_workers": 0,  # on two cores, two workers beside two compute threads are no faster
 }
 
-NO_DISTILLATION = "distillation is not offered here: AugSub's target is the model's own output, there is no teacher"
+DEFAULTS: dict[str, Any] = {
+    "model": "deit_base_patch16_224",
+    "color_jitter": 0.3,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "repeated_aug": True,
+    "model_ema": True,
+    "cooldown_epochs": 10,
+}
 
 
-class Refused(argparse.Action):
-    """A flag of upstream's that is recognised and refused; the value "none" asks for nothing and passes."""
+class RefuseDistillation(argparse.Action):
+    """Refuses upstream's flags of distillation; the value "none" passes, as upstream's default."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         if values != "none":
-            parser.error(f"{option}: {NO_DISTILLATION}")
+            parser.error(f"{option}: distillation is not supported (AugSub has no teacher); remove the flag")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    switch = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("DeiT").add_argument
-    add("--ThreeAugment", action=switch, default=False, help="greyscale, solarize or blur, with --color-jitter")
-    add("--src", action=switch, default=False, help="simple random crop: resize, pad by 4 pixels, crop")
-    add("--unscale-lr", action=switch, default=False, help="use --lr as it is; else it is for 512 images a step")
-    add("--train-mode", action=switch, default=True, help="train with drops and in training mode")
-    add("--attn-only", action=switch, default=False, help="train attention, position embedding and head alone")
-    for name in ("teacher-model", "teacher-path", "distillation-type", "distillation-alpha", "distillation-tau"):
-        parser.add_argument(f"--{name}", action=Refused, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+class DeiTArgs(TrainArgs):
+    ThreeAugment: bool
+    unscale_lr: bool
+    attn_only: bool
 
 
-def check(args: argparse.Namespace) -> None:
-    if args.ThreeAugment:
-        args.aa = "3a"
-    if args.bce_loss and args.bce_target_thresh is None:
-        args.bce_target_thresh = 0.0  # mixed labels become 1 wherever they are above 0
-    if args.augsub != "none" and not args.train_mode:
-        raise ValueError(f"--augsub {args.augsub} needs --train-mode: drops act in training mode only")
+class DeiT(Recipe[DeiTArgs]):
+    args_class = DeiTArgs
+    name = "deit"
+    about = "DeiT-III pretraining and finetuning, plain or with AugSub."
+    defaults = DEFAULTS
+    variants = VARIANTS
+    digits = DIGITS
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        switch = argparse.BooleanOptionalAction
+        add = parser.add_argument_group("DeiT").add_argument
+        add("--ThreeAugment", action=switch, default=False, help="greyscale, solarize or blur, with --color-jitter")
+        add("--src", action=switch, default=False, help="simple random crop: resize, pad by 4 pixels, crop")
+        add("--unscale-lr", action=switch, default=False, help="use --lr as it is; else it is for 512 images a step")
+        add("--train-mode", action=switch, default=True, help="train with drops and in training mode")
+        add("--attn-only", action=switch, default=False, help="train attention, position embedding and head only")
+        for name in ("teacher-model", "teacher-path", "distillation-type", "distillation-alpha", "distillation-tau"):
+            parser.add_argument(
+                f"--{name}", action=RefuseDistillation, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )
+
+    def fill_args(self, args: DeiTArgs) -> None:
+        if args.ThreeAugment:
+            args.aa = "3a"
+        if args.bce_loss and args.bce_target_thresh is None:
+            args.bce_target_thresh = 0.0  # mixed labels become 1 wherever they are above 0
+
+    def check_args(self, args: DeiTArgs) -> None:
+        super().check_args(args)
+        if args.augsub != "none" and not args.train_mode:
+            raise ValueError(f"--augsub {args.augsub}: needs --train-mode, since drops act in training mode only")
+
+    def create_model(self, args: DeiTArgs, classes: int) -> nn.Module:
+        from deit.models import train_attention_only
+
+        model = super().create_model(args, classes)
+        if args.attn_only:
+            train_attention_only(model)
+        return model
+
+    def hub_architecture(self, args: DeiTArgs) -> tuple[str, dict[str, Any]] | None:
+        from deit.models import hub_architecture
+
+        return hub_architecture(args.model, args.input_size)
+
+    def adapt_weights(self, state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        from deit.models import adapt_weights
+
+        return adapt_weights(state, model)
+
+    def initial_weights_limit(self, args: DeiTArgs) -> float:
+        published = args.variant is not None and args.variant.endswith("_finetune")
+        return 0.136 if published else super().initial_weights_limit(args)  # 0.99996 ** (20 epochs of 2,502 updates)
+
+    def scale_lr(self, args: DeiTArgs, global_batch: int) -> DeiTArgs:
+        return args if args.unscale_lr else super().scale_lr(args, global_batch)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, args: DeiTArgs, updates_per_epoch: float) -> SetLR:
+        from common.optim import epoch_schedule
+
+        # upstream steps its schedule after an epoch, with that epoch's number: epochs 0 and 1 have the same rate
+        return epoch_schedule(optimizer, args, updates_per_epoch, lag=1)
 
 
-RECIPE = Recipe(
-    name="deit",
-    about="DeiT-III pretraining and finetuning, plain or with AugSub.",
-    defaults={
-        "model": "deit_base_patch16_224",
-        "color_jitter": 0.3,
-        "mixup": 0.8,
-        "cutmix": 1.0,
-        "repeated_aug": True,
-        "model_ema": True,
-        "cooldown_epochs": 10,
-    },
-    variants=VARIANTS,
-    digits=DIGITS,
-    create_model=late("deit.models:create_model"),
-    add_flags=add_flags,
-    check=check,
-    adapt_weights=late("deit.models:adapt_weights"),
-    scale_lr=lambda args, batch: args if args.unscale_lr else lr_per_512(args, batch),
-    # upstream steps it with the number of the epoch that has passed
-    schedule=late("common.optim:epoch_schedule", lag=1),
-)
+RECIPE = DeiT()

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the imports, which take seconds, without a traceback
 
-from common.run import run  # noqa: E402
+from common.cli import run  # noqa: E402
 from mae.recipe import RECIPE  # noqa: E402
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measures how fast training is, plain and with each drop, side by side in one run.
+"""Measure how fast training is, plain and with each drop, side by side in one run.
 
     python scripts/benchmark.py step deit --variant small_400 --augsub none,masking --batch-size 64
     python scripts/benchmark.py step --model swin_tiny_patch4_window7_224 --augsub none,masking --reference
@@ -6,27 +6,25 @@
     python scripts/benchmark.py end-to-end resnet_rsb --variant resnet50 --data-path /data/imagenet
     python scripts/benchmark.py growth deit --variant small_400 --plot growth.png
 
-step        a training step: images/s, where its time goes, memory, arithmetic, what is sent between processes
-data        images/s that a core makes of JPEGs, for the recipes' augmentations; with --data-set wds/photographs, of
-            JPEGs in a shard
-end-to-end  a short real training with loader processes: images/s, and the share of time spent waiting for data
-save        a checkpoint written while training goes on: for how long a step waits, beside what a step takes
-start       seconds until --help is there, and until the first training step is done, of each recipe
-growth      time per image over batch size, image size, model size and number of processes, beside what the arithmetic
-            alone would take; with one thread, and no images mixed, unless flags say otherwise
+step        an optimizer step: images/s, time by phase, memory, arithmetic
+data        input pipelines: images/s of one core on JPEGs, with the recipes' augmentations; with --data-set
+            wds/photographs on JPEGs in a shard
+end-to-end  a short training with DataLoader workers: images/s, and the share of time spent waiting for data
+save        checkpoints written in the background: how long each keeps a step waiting, beside the time of a step
+growth      time per image over batch size, image size, model size and number of processes, beside the time that the
+            arithmetic alone would take; one thread and no mixed images by default
 
-The first word after the command is a recipe (deit; all for data and start). Flags are those of its trainer, --variant
-and --model among them, and without either its small model for the digits is measured; --augsub takes several drops,
-with commas between them: none, masking, dropout, droppath, and each of the drops with -joint behind it, which stands
-for --augsub-joint. What is compared takes turns, so that a machine that is slow for a while is so for all; a figure is
-the median of the turns, and ± half the distance of their quartiles; a ratio is the median of each turn's ratio.
---reference puts a stand-in for the published trainers beside: eager, float32 on a CPU and float16 autocast on a GPU,
-attention that is not fused, an all-reduce for each pass, the loss read and the device waited for in every step.
+The recipe follows the command (default: deit; for data all). The flags are those of its trainer, such as --variant and
+--model; without either, the small model for the digits is measured. --augsub takes several drops, separated by commas:
+none, masking, dropout, droppath. Modes are interleaved, so background load affects all of them alike; a result is the
+median of the rounds ± half the interquartile range, and a ratio is the median of the ratios within each round.
+--reference adds a stand-in for the published trainers: eager, float32 on a CPU and float16 autocast on a GPU, unfused
+attention, an all-reduce for each pass, and in every step a read of the loss and a wait for the device.
 """
 
 from __future__ import annotations
 
-import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -37,58 +35,75 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the imports without a traceback
+    # PyTorch reads these when it is imported; the worker processes inherit them
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no lines at each start and stop of the profiler
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no DDP warning of a pass that leaves no parameter unused
 
-from common.args import Parser  # noqa: E402
+from common.parser import Parser  # noqa: E402
 from common.recipe import Recipe  # noqa: E402
-from common.signals import listening  # noqa: E402
-from scripts.command import complaining  # noqa: E402
-from scripts.options import COMMANDS, OF_SEVERAL, check_before, modes_asked, needs_recipe  # noqa: E402
-from scripts.table import RECIPES  # noqa: E402
+from common.signals import handle_stop_signals  # noqa: E402
+from common.streams import protect_output  # noqa: E402
+from scripts.bench.args import COMMANDS, check_args, flags_in, parse_modes  # noqa: E402
+from scripts.cli_errors import cli_errors  # noqa: E402
+from scripts.launch.registry import RECIPES  # noqa: E402
 
 
 def main() -> None:
-    """Measures what is asked for. Bad input ends it with status 2 and one sentence, Ctrl-C with 130, SIGTERM with 143;
-    temporary folders and processes are gone then."""
+    """Run a command. Bad input ends it with status 2 and one sentence, Ctrl-C with 130, SIGTERM with 143; temporary
+    folders and worker processes are gone by then."""
+    protect_output()
     parser = create_parser()
-    with listening(speaks=False), complaining(parser, interrupted="interrupted"):
-        command, recipes, flags = opening(parser, sys.argv[1:])
-        for recipe in recipes:
-            # tells of a mistake before PyTorch is imported, and before anything is measured
-            check_before(command, modes_asked(command, recipe, flags)[0].args)
-        from scripts import measure
+    with handle_stop_signals(verbose=False), cli_errors(parser, interrupted="interrupted"):
+        command, recipes, flags = parse_command_line(parser, sys.argv[1:])
+        for recipe in recipes:  # before PyTorch is imported, and before anything is measured
+            check_args(command, parse_modes(command, recipe, flags)[0].args)
+        run_command(command, recipes, flags)
 
-        call = getattr(measure, command.replace("-", "_"))
-        call(recipes if command in OF_SEVERAL else recipes[0], flags)
+
+def run_command(command: str, recipes: Sequence[Recipe], flags: Sequence[str]) -> None:
+    """Import PyTorch and the command's module, and measure."""
+    from scripts.bench import data, scaling, step
+
+    if command == "data":
+        data.measure_pipelines(recipes, flags)
+        return
+    commands = {
+        "step": step.measure_step,
+        "end-to-end": data.measure_training,
+        "save": step.measure_save,
+        "growth": scaling.measure_growth,
+    }
+    commands[command](recipes[0], flags)
 
 
 def create_parser() -> Parser:
-    """Of what comes before the flags."""
-    parser = Parser(description=__doc__, prog="benchmark.py")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Create the parser of the words before the flags."""
+    parser = Parser(description=__doc__, prog="benchmark.py", raw_description=True)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("recipe", nargs="?", choices=list(RECIPES))
     return parser
 
 
-def opening(parser: Parser, words: Sequence[str]) -> tuple[str, list[Recipe], list[str]]:
-    """The command, the recipes to measure, and the flags of a command line.
+def parse_command_line(parser: Parser, words: Sequence[str]) -> tuple[str, list[Recipe], list[str]]:
+    """Split a command line into the command, the recipes to measure, and the flags.
 
     Raises:
-        ValueError: flags come first, or are of one recipe and none is named.
+        ValueError: a flag comes first, or belongs to one recipe and none is named.
     """
-    first = list(takewhile(lambda word: not word.startswith("-"), words))
-    flags = list(words[len(first) :])
-    asks = {"-h", "--help"} & set(flags)
-    if words and not (first or asks):
-        raise ValueError(f"{words[0]} before the command, which comes first: one of {', '.join(COMMANDS)}")
-    found = parser.parse_args(first or words)
-    if found.recipe is not None:
-        return found.command, [RECIPES[found.recipe]], flags
-    if found.command not in OF_SEVERAL or asks:
-        return found.command, list(RECIPES.values())[:1], flags
-    if needs_recipe(flags):
-        raise ValueError(f"of which recipe is the variant? One is named as in: benchmark.py {found.command} swin")
-    return found.command, list(RECIPES.values()), flags
+    positionals = list(takewhile(lambda word: not word.startswith("-"), words))
+    flags = list(words[len(positionals) :])
+    asks_for_help = bool({"-h", "--help"} & set(flags))
+    if words and not (positionals or asks_for_help):
+        raise ValueError(f"{words[0]}: comes before the command; begin with one of {', '.join(COMMANDS)}")
+    parsed = parser.parse_args(positionals or words)
+    if parsed.recipe is not None:
+        return parsed.command, [RECIPES[parsed.recipe]], flags
+    if parsed.command != "data" or asks_for_help:
+        return parsed.command, list(RECIPES.values())[:1], flags
+    of_one_recipe = sorted(flags_in(flags) & {"--variant", "--cfg"})
+    if of_one_recipe:
+        raise ValueError(f"{of_one_recipe[0]}: belongs to one recipe; name it, as in: benchmark.py data swin")
+    return parsed.command, list(RECIPES.values()), flags
 
 
 if __name__ == "__main__":

@@ -1,160 +1,232 @@
-"""Swin's configuration files and `--opts`: their keys, and the flags of this trainer that they stand for."""
+"""Swin's configuration files and `--opts`: their keys, and the settings of this trainer that they set."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from common.train_args import TrainArgs
+
 HERE = Path(__file__).resolve().parent
-FLOAT, INT, TEXT, SWITCH, NUMBERS = float, int, str, bool, list
 
-# key → (the setting's name, its type); a setting of None is checked and has no effect here
-KEYS: dict[str, tuple[str | None, type]] = {
-    "DATA.BATCH_SIZE": ("batch_size", INT),
-    "DATA.DATA_PATH": ("data_path", TEXT),
-    "DATA.DATASET": (None, TEXT),
-    "DATA.IMG_SIZE": ("input_size", INT),
-    "DATA.INTERPOLATION": ("train_interpolation", TEXT),
-    "DATA.ZIP_MODE": ("zip", SWITCH),
-    "DATA.CACHE_MODE": (None, TEXT),
-    "DATA.PIN_MEMORY": ("pin_mem", SWITCH),
-    "DATA.NUM_WORKERS": ("num_workers", INT),
-    "MODEL.TYPE": ("model_type", TEXT),
-    "MODEL.NAME": ("model", TEXT),
-    "MODEL.PRETRAINED": ("finetune", TEXT),
-    "MODEL.RESUME": ("resume", TEXT),
-    "MODEL.NUM_CLASSES": ("nb_classes", INT),
-    "MODEL.DROP_RATE": ("drop", FLOAT),
-    "MODEL.DROP_PATH_RATE": ("drop_path", FLOAT),
-    "MODEL.LABEL_SMOOTHING": ("smoothing", FLOAT),
-    "MODEL.SWIN.PATCH_SIZE": ("patch_size", INT),
-    "MODEL.SWIN.IN_CHANS": ("in_chans", INT),
-    "MODEL.SWIN.EMBED_DIM": ("embed_dim", INT),
-    "MODEL.SWIN.DEPTHS": ("depths", NUMBERS),
-    "MODEL.SWIN.NUM_HEADS": ("num_heads", NUMBERS),
-    "MODEL.SWIN.WINDOW_SIZE": ("window_size", INT),
-    "MODEL.SWIN.MLP_RATIO": ("mlp_ratio", FLOAT),
-    "MODEL.SWIN.QKV_BIAS": ("qkv_bias", SWITCH),
-    "TRAIN.START_EPOCH": ("start_epoch", INT),
-    "TRAIN.EPOCHS": ("epochs", INT),
-    "TRAIN.WARMUP_EPOCHS": ("warmup_epochs", INT),
-    "TRAIN.WEIGHT_DECAY": ("weight_decay", FLOAT),
-    "TRAIN.BASE_LR": ("lr", FLOAT),
-    "TRAIN.WARMUP_LR": ("warmup_lr", FLOAT),
-    "TRAIN.MIN_LR": ("min_lr", FLOAT),
-    "TRAIN.CLIP_GRAD": ("clip_grad", FLOAT),
-    "TRAIN.AUTO_RESUME": ("auto_resume", SWITCH),
-    "TRAIN.ACCUMULATION_STEPS": ("accum_iter", INT),
-    "TRAIN.USE_CHECKPOINT": ("use_checkpoint", SWITCH),
-    "TRAIN.LR_SCHEDULER.NAME": ("sched", TEXT),
-    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": ("decay_epochs", INT),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": ("decay_rate", FLOAT),
-    "TRAIN.OPTIMIZER.NAME": ("opt", TEXT),
-    "TRAIN.OPTIMIZER.EPS": ("opt_eps", FLOAT),
-    "TRAIN.OPTIMIZER.BETAS": ("opt_betas", NUMBERS),
-    "TRAIN.OPTIMIZER.MOMENTUM": ("momentum", FLOAT),
-    "AUG.COLOR_JITTER": ("color_jitter", FLOAT),
-    "AUG.AUTO_AUGMENT": ("aa", TEXT),
-    "AUG.REPROB": ("reprob", FLOAT),
-    "AUG.REMODE": ("remode", TEXT),
-    "AUG.RECOUNT": ("recount", INT),
-    "AUG.MIXUP": ("mixup", FLOAT),
-    "AUG.CUTMIX": ("cutmix", FLOAT),
-    "AUG.CUTMIX_MINMAX": ("cutmix_minmax", NUMBERS),
-    "AUG.MIXUP_PROB": ("mixup_prob", FLOAT),
-    "AUG.MIXUP_SWITCH_PROB": ("mixup_switch_prob", FLOAT),
-    "AUG.MIXUP_MODE": ("mixup_mode", TEXT),
-    "AUG.AUGSUB": ("augsub", TEXT),
-    "AUG.AUGSUB_RATIO": ("augsub_ratio", FLOAT),
-    "TEST.CROP": ("test_crop", SWITCH),
-    "AMP_ENABLE": ("amp_enable", SWITCH),
-    "OUTPUT": ("output_dir", TEXT),
-    "TAG": ("tag", TEXT),
-    "SAVE_FREQ": ("save_freq", INT),
-    "PRINT_FREQ": ("log_interval", INT),
-    "SEED": ("seed", INT),
-    "EVAL_MODE": ("eval", SWITCH),
-    "THROUGHPUT_MODE": ("throughput", SWITCH),
+# types that a key may have, as YAML reads them, and their names in messages
+TYPE_NAMES = {
+    int: "an integer",
+    float: "a finite number",
+    str: "text",
+    bool: "true or false",
+    list: "a list of finite numbers",
 }
-# keys that may hold null or "none", and what that stands for
-NULLABLE = {"MODEL.PRETRAINED": "", "MODEL.RESUME": "", "TRAIN.CLIP_GRAD": None, "TRAIN.OPTIMIZER.BETAS": None,
-            "AUG.COLOR_JITTER": None, "AUG.AUTO_AUGMENT": None, "AUG.CUTMIX_MINMAX": None, "AUG.AUGSUB": "none",
-            "OUTPUT": ""}  # fmt: skip
+
+# key → (setting, type); a key without a setting is checked and has no effect
+KEYS: dict[str, tuple[str | None, type]] = {
+    "DATA.BATCH_SIZE": ("batch_size", int),
+    "DATA.DATA_PATH": ("data_path", str),
+    "DATA.DATASET": (None, str),
+    "DATA.IMG_SIZE": ("input_size", int),
+    "DATA.INTERPOLATION": ("train_interpolation", str),
+    "DATA.ZIP_MODE": ("zip", bool),
+    "DATA.CACHE_MODE": (None, str),
+    "DATA.PIN_MEMORY": ("pin_mem", bool),
+    "DATA.NUM_WORKERS": ("num_workers", int),
+    "MODEL.TYPE": ("model_type", str),
+    "MODEL.NAME": ("model", str),
+    "MODEL.PRETRAINED": ("finetune", str),
+    "MODEL.RESUME": ("resume", str),
+    "MODEL.NUM_CLASSES": ("nb_classes", int),
+    "MODEL.DROP_RATE": ("drop", float),
+    "MODEL.DROP_PATH_RATE": ("drop_path", float),
+    "MODEL.LABEL_SMOOTHING": ("smoothing", float),
+    "MODEL.SWIN.PATCH_SIZE": ("patch_size", int),
+    "MODEL.SWIN.IN_CHANS": ("in_chans", int),
+    "MODEL.SWIN.EMBED_DIM": ("embed_dim", int),
+    "MODEL.SWIN.DEPTHS": ("depths", list),
+    "MODEL.SWIN.NUM_HEADS": ("num_heads", list),
+    "MODEL.SWIN.WINDOW_SIZE": ("window_size", int),
+    "MODEL.SWIN.MLP_RATIO": ("mlp_ratio", float),
+    "MODEL.SWIN.QKV_BIAS": ("qkv_bias", bool),
+    "TRAIN.START_EPOCH": ("start_epoch", int),
+    "TRAIN.EPOCHS": ("epochs", int),
+    "TRAIN.WARMUP_EPOCHS": ("warmup_epochs", int),
+    "TRAIN.WEIGHT_DECAY": ("weight_decay", float),
+    "TRAIN.BASE_LR": ("lr", float),
+    "TRAIN.WARMUP_LR": ("warmup_lr", float),
+    "TRAIN.MIN_LR": ("min_lr", float),
+    "TRAIN.CLIP_GRAD": ("clip_grad", float),
+    "TRAIN.AUTO_RESUME": ("auto_resume", bool),
+    "TRAIN.ACCUMULATION_STEPS": ("accum_iter", int),
+    "TRAIN.USE_CHECKPOINT": ("use_checkpoint", bool),
+    "TRAIN.LR_SCHEDULER.NAME": ("sched", str),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": ("decay_epochs", int),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": ("decay_rate", float),
+    "TRAIN.OPTIMIZER.NAME": ("opt", str),
+    "TRAIN.OPTIMIZER.EPS": ("opt_eps", float),
+    "TRAIN.OPTIMIZER.BETAS": ("opt_betas", list),
+    "TRAIN.OPTIMIZER.MOMENTUM": ("momentum", float),
+    "AUG.COLOR_JITTER": ("color_jitter", float),
+    "AUG.AUTO_AUGMENT": ("aa", str),
+    "AUG.REPROB": ("reprob", float),
+    "AUG.REMODE": ("remode", str),
+    "AUG.RECOUNT": ("recount", int),
+    "AUG.MIXUP": ("mixup", float),
+    "AUG.CUTMIX": ("cutmix", float),
+    "AUG.CUTMIX_MINMAX": ("cutmix_minmax", list),
+    "AUG.MIXUP_PROB": ("mixup_prob", float),
+    "AUG.MIXUP_SWITCH_PROB": ("mixup_switch_prob", float),
+    "AUG.MIXUP_MODE": ("mixup_mode", str),
+    "AUG.AUGSUB": ("augsub", str),
+    "AUG.AUGSUB_RATIO": ("augsub_ratio", float),
+    "TEST.CROP": ("test_crop", bool),
+    "AMP_ENABLE": ("amp_enable", bool),
+    "OUTPUT": ("output_dir", str),
+    "TAG": ("tag", str),
+    "SAVE_FREQ": ("save_freq", int),
+    "PRINT_FREQ": ("log_interval", int),
+    "SEED": ("seed", int),
+    "EVAL_MODE": ("eval", bool),
+    "THROUGHPUT_MODE": ("throughput", bool),
+}
+
+# keys that may hold null, "none" or "", and the setting's value then
+NULLABLE = {
+    "MODEL.PRETRAINED": "",
+    "MODEL.RESUME": "",
+    "TRAIN.CLIP_GRAD": None,
+    "TRAIN.OPTIMIZER.BETAS": None,
+    "AUG.COLOR_JITTER": None,
+    "AUG.AUTO_AUGMENT": None,
+    "AUG.CUTMIX_MINMAX": None,
+    "AUG.AUGSUB": "none",
+    "OUTPUT": "",
+}
+
+# settings that only a configuration sets, at Swin-T's values
+DEFAULTS_WITHOUT_FLAG = {
+    "patch_size": 4,
+    "in_chans": 3,
+    "embed_dim": 96,
+    "depths": [2, 2, 6, 2],
+    "num_heads": [3, 6, 12, 24],
+    "window_size": 7,
+    "mlp_ratio": 4.0,
+    "qkv_bias": True,
+    "model_type": "swin",
+    "test_crop": True,
+    "amp_enable": True,
+}
 
 
-def read(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that `--cfg` and `--opts` stand for; `--opts` comes second.
+# settings of the model's shape; `--finetune hf-hub:…` brings a shape where none of them is set
+SHAPE = {"patch_size", "in_chans", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias"}
+
+
+class SwinArgs(TrainArgs):
+    cfg: str | None
+    opts: Sequence[str] | None
+    tag: str
+    use_checkpoint: bool
+    disable_amp: bool
+    optim: str | None
+    cache_mode: str
+    amp_opt_level: str | None
+    fused_window_process: bool
+    fused_layernorm: bool
+
+    # set by a configuration only
+    patch_size: int
+    in_chans: int
+    embed_dim: int
+    depths: Sequence[int]
+    num_heads: Sequence[int]
+    window_size: int
+    mlp_ratio: float
+    qkv_bias: bool
+    model_type: str
+    test_crop: bool
+    amp_enable: bool
+
+
+def read(cfg: str | None, opts: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return the settings of a configuration file and of `--opts`, which overrides it.
 
     Raises:
         ValueError: no such file, not YAML, an unknown key, a value of the wrong type.
     """
     settings: dict[str | None, Any] = {}
-    if args.cfg:
-        path = find(args.cfg)
+    if cfg:
+        path = find(cfg)
         try:
             content = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
         if not isinstance(content, Mapping):
-            raise ValueError(f"{path} holds no settings: MODEL: … is expected")
+            raise ValueError(f"{path}: no settings; expected MODEL: …")
         try:
-            settings |= dict(setting(key, value, str(path)) for key, value in flat(content))
+            settings |= dict(convert(key, value, str(path)) for key, value in flatten(content))
         except RecursionError as error:
-            raise ValueError(f"{path} holds itself") from error
-    if args.opts:
-        if len(args.opts) % 2:
-            raise ValueError(f"--opts takes pairs of KEY VALUE, and {args.opts[-1]!r} has no value")
-        for key, text in zip(args.opts[::2], args.opts[1::2]):
+            raise ValueError(f"{path}: a setting contains itself") from error
+    if opts:
+        if len(opts) % 2:
+            raise ValueError(f"--opts: {opts[-1]!r} has no value; expected KEY VALUE …")
+        for key, text in zip(opts[::2], opts[1::2]):
             try:
                 value = yaml.safe_load(text)
             except (yaml.YAMLError, ValueError) as error:
-                raise ValueError(f"--opts: {key} cannot be {text!r}, which is not YAML") from error
-            settings |= [setting(key, value, "--opts")]
+                raise ValueError(f"--opts: {key} {text!r} is not YAML") from error
+            settings |= [convert(key, value, "--opts")]
+    if settings.get("train_interpolation", "random") != "random":  # upstream's key holds for evaluation too
+        settings["interpolation"] = settings["train_interpolation"]
     return {name: value for name, value in settings.items() if name is not None}
 
 
-def find(name: str) -> Path:
-    """The configuration file, as named from here or from this folder."""
-    for place in (Path(name), HERE / name):
-        if place.is_file():
-            return place
+def find(cfg: str) -> Path:
+    """Return the path of a configuration file, relative to the working directory or to this folder."""
+    for path in (Path(cfg), HERE / cfg):
+        if path.is_file():
+            return path
     known = ", ".join(sorted(str(path.relative_to(HERE)) for path in HERE.glob("configs/**/*.yaml")))
-    raise ValueError(f"--cfg {name}: there is no such file; {known} are here")
+    raise ValueError(f"--cfg {cfg}: no such file; {known} exist")
 
 
-def flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested settings as pairs of a dotted key and a value."""
-    pairs: list[tuple[str, Any]] = []
+def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings as pairs of a dotted key and a value."""
     for key, value in content.items():
-        pairs += flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return pairs
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
-def setting(key: str, value: Any, source: str) -> tuple[str | None, Any]:
-    """A key of upstream's and its value as a setting of this trainer, with the type checked."""
+def convert(key: str, value: Any, source: str) -> tuple[str | None, Any]:
+    """Return the setting that a key sets, and its value with the type checked.
+
+    Raises:
+        ValueError: an unknown key, or a value of another type; `source` is named in the message.
+    """
     if key not in KEYS:
         close = difflib.get_close_matches(key, KEYS, n=1)
         raise ValueError(f"{source}: unknown key {key}" + (f": did you mean {close[0]}?" if close else ""))
     name, kind = KEYS[key]
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
-            value = float(value)  # YAML takes 5e-4 for a string
+            value = float(value)  # YAML reads 5e-4 as a string
     if key in NULLABLE and value in ("", "none", None):
         return name, NULLABLE[key]
-    fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    if kind is list and fits:
-        fits = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in value)
-    if not fits:
-        raise ValueError(f"{source}: {key} must be {_named(kind)}, not {value!r}")
+    if not has_type(value, kind):
+        raise ValueError(f"{source}: {key} must be {TYPE_NAMES[kind]}, not {value!r}")
     return name, value
 
 
-def _named(kind: type) -> str:
-    return {FLOAT: "a number", INT: "a whole number", TEXT: "text", SWITCH: "true or false",
-            NUMBERS: "a list of numbers"}[kind]  # fmt: skip
+def has_type(value: Any, kind: type) -> bool:
+    """Whether a value is of one of the types in `TYPE_NAMES`."""
+    if isinstance(value, bool):  # Python counts it as an int
+        return kind is bool
+    if kind is list:
+        return isinstance(value, list) and all(has_type(item, int) or has_type(item, float) for item in value)
+    return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
-from common.recipe import Recipe, late
+from common.flag_types import file_path, optimizer_name
+from common.recipe import Recipe, Settings
 from swin import config
+from swin.config import SwinArgs
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from common.optim import SetLR
 
 MODEL = "swin_tiny_patch4_window7_224"
 
 
-def row(name: str) -> dict[str, Any]:
-    """A row of the table is its configuration file, at the paper's batch of 8 processes x 128 images."""
-    return config.read(argparse.Namespace(cfg=f"configs/swin/swin_{name}_patch4_window7_224.yaml", opts=None))
+# A row of the table is its configuration file, at the paper's batch of 8 processes x 128 images.
+VARIANTS = {
+    name: config.read(f"configs/swin/swin_{name}_patch4_window7_224.yaml") for name in ("tiny", "small", "base")
+}
 
-
-VARIANTS = {name: row(name) for name in ("tiny", "small", "base")}
-
-# Patches of 4 pixels and windows of 4 tokens give 32 pixels two stages; blocks are a quarter of the image, as on
-# ImageNet a seventh. Without mixing and flips, which a digit does not survive.
+# 32 pixels are 8 patches of 4 pixels, so two stages with windows of 4. A block is a quarter of the image, on ImageNet a
+# seventh. Without mixing and flips, which change what a digit is.
 DIGITS = {
     "model": "swin_pico_patch4_window4_32",
     "input_size": 32,
-    "patch_size": 4,
     "embed_dim": 48,
     "depths": [2, 2],
     "num_heads": [2, 4],
@@ -54,88 +60,119 @@ DIGITS = {
 }
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    switch = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("Swin").add_argument
-    add("--cfg", default=None, help="configuration file, such as configs/swin/swin_tiny_patch4_window7_224.yaml")
-    add("--opts", nargs="+", default=None, help="keys of the configuration and their values, KEY VALUE …")
-    add("--tag", default="default", help="last part of the output folder, <output>/<model name>/<tag>")
-    add("--use-checkpoint", action=switch, default=False, help="recompute activations in backward to save memory")
-    add("--auto-resume", action=switch, default=True, help="continue the run in the output folder")
-    add("--disable-amp", action="store_true", help="as --amp off")
-    add("--optim", default=None, help="as --opt")
-    add("--zip", action=switch, default=False, help="read train.zip and val.zip with train_map.txt and val_map.txt")
-    add("--cache-mode", default="part", choices=("no", "full", "part"), help="kept for upstream's sake: the operating "
-        "system caches files")  # fmt: skip
-    add("--amp-opt-level", default=None, help="kept for upstream's sake: O0 is --amp off")
-    add("--fused-window-process", action=switch, default=False, help="kept for upstream's sake: it needs its kernels")
-    add("--fused-layernorm", action=switch, default=False, help="kept for upstream's sake: PyTorch's is fused")
-    # what only a configuration sets
-    parser.set_defaults(patch_size=4, in_chans=3, embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24],
-                        window_size=7, mlp_ratio=4.0, qkv_bias=True, model_type="swin", test_crop=True,
-                        amp_enable=True)  # fmt: skip
+DEFAULTS: dict[str, Any] = {
+    "model": MODEL,
+    "batch_size": 128,
+    "warmup_epochs": 20,
+    "warmup_lr": 5e-7,
+    "min_lr": 5e-6,
+    "clip_grad": 5.0,
+    "opt_betas": [0.9, 0.999],
+    "color_jitter": 0.4,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "num_workers": min(8, os.cpu_count() or 1),
+    "output_dir": "output",
+    "log_interval": 10,
+}
 
 
-def check(args: argparse.Namespace) -> None:
-    if args.model_type != "swin":
-        raise ValueError(f"MODEL.TYPE {args.model_type}: this trainer has swin")
-    if len(args.depths) != len(args.num_heads):
-        raise ValueError(f"MODEL.SWIN: {len(args.depths)} DEPTHS for {len(args.num_heads)} NUM_HEADS")
-    if args.augsub_joint and args.use_checkpoint and args.augsub in ("dropout", "droppath"):
-        raise ValueError(
-            f"--augsub-joint with --use-checkpoint and --augsub {args.augsub}: backward would recompute the sub-model "
-            "at the main model's rates; leave out one of the two flags"
+class Swin(Recipe[SwinArgs]):
+    args_class = SwinArgs
+    name = "swin"
+    about = "Training of Swin transformers, plain or with AugSub."
+    defaults = DEFAULTS
+    variants = VARIANTS
+    digits = DIGITS
+    model_settings = config.SHAPE
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        switch = argparse.BooleanOptionalAction
+        add = parser.add_argument_group("Swin").add_argument
+        add(
+            "--cfg",
+            type=file_path,
+            default=None,
+            help="configuration file, such as configs/swin/swin_tiny_patch4_window7_224.yaml",
         )
-    if args.disable_amp or not args.amp_enable or args.amp_opt_level == "O0":
-        args.amp = "off"
-    if args.optim:
-        args.opt = args.optim
-    if not args.test_crop:
-        args.eval_crop_ratio, args.crop_mode = 1.0, "squash"
-    if args.output_dir:
-        args.output_dir = os.path.join(args.output_dir, args.model, args.tag)
-
-
-def from_files(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of `--cfg` and `--opts`, which alone give a Swin its shape and name."""
-    if args.model != MODEL:
-        raise ValueError(
-            f"--model {args.model}: --cfg or --variant says which Swin, --opts MODEL.SWIN.DEPTHS … its shape"
+        add("--opts", nargs="+", default=None, help="keys of the configuration and their values, KEY VALUE …")
+        add("--tag", default="default", help="last part of the output folder, <output>/<model name>/<tag>")
+        add("--use-checkpoint", action=switch, default=False, help="recompute activations in backward to save memory")
+        add("--auto-resume", action=switch, default=True, help="resume the run in the output folder")
+        add("--disable-amp", action="store_true", help="as --amp off")
+        add("--optim", type=optimizer_name, default=None, help="as --opt")
+        add("--zip", action=switch, default=False, help="read train.zip and val.zip with train_map.txt and val_map.txt")
+        add(
+            "--cache-mode",
+            default="part",
+            choices=("no", "full", "part"),
+            help="no effect: the operating system caches files",
         )
-    return config.read(args)
+        add("--amp-opt-level", default=None, help="O0 is --amp off; no effect otherwise")
+        add("--fused-window-process", action=switch, default=False, help="no effect: it needs upstream's CUDA kernels")
+        add("--fused-layernorm", action=switch, default=False, help="no effect: PyTorch's layer norm is fused")
+        parser.set_defaults(**config.DEFAULTS_WITHOUT_FLAG)
+
+    def read_config(self, args: SwinArgs) -> Settings:
+        """Return the settings of `--cfg` and `--opts`; only they set a Swin's shape and name."""
+        if args.model != MODEL:
+            raise ValueError(
+                f"--model {args.model}: has no effect here; choose a Swin with --cfg or --variant, or set its shape by "
+                "--opts MODEL.SWIN.DEPTHS …"
+            )
+        settings = config.read(args.cfg, args.opts)
+        if not settings.get("test_crop", True):
+            settings = {"eval_crop_ratio": 1.0, "crop_mode": "squash"} | settings
+        if args.cfg and args.data_set is None and args.data_path is None and "data_path" not in settings:
+            raise ValueError(f"--cfg {args.cfg}: trains on ImageNet; pass its folder as --data-path")
+        return settings
+
+    def fill_args(self, args: SwinArgs) -> None:
+        if args.disable_amp or not args.amp_enable or args.amp_opt_level == "O0":
+            args.amp = "off"
+        if args.optim:
+            args.opt = args.optim
+        if args.output_dir:
+            args.output_dir = os.path.join(args.output_dir, re.sub(r"[:/@]+", "-", args.model), args.tag)
+
+    def check_args(self, args: SwinArgs) -> None:
+        super().check_args(args)
+        if args.model_type != "swin":
+            raise ValueError(f"MODEL.TYPE {args.model_type}: not supported; use swin")
+        if len(args.depths) != len(args.num_heads):
+            raise ValueError(
+                f"MODEL.SWIN: {len(args.depths)} DEPTHS and {len(args.num_heads)} NUM_HEADS; set one of each per stage"
+            )
+
+    def pretrained_cfg(self, args: SwinArgs) -> Settings:
+        """Return none: each model is a Swin of the recipe's, whatever `--opts MODEL.NAME` calls it."""
+        return {}
+
+    def create_model(self, args: SwinArgs, classes: int) -> nn.Module:
+        from swin.models import create_model
+
+        return create_model(args, classes)
+
+    def hub_architecture(self, args: SwinArgs) -> tuple[str, dict[str, Any]] | None:
+        from swin.models import hub_architecture
+
+        return hub_architecture(args)
+
+    def adapt_weights(self, state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        from timm.models.swin_transformer import checkpoint_filter_fn
+
+        return checkpoint_filter_fn(state, model)
+
+    def scale_lr(self, args: SwinArgs, global_batch: int) -> SwinArgs:
+        """Return the arguments with learning rates for this batch: upstream scales all three, for 512 images a step."""
+        scaled = {name: getattr(args, name) * global_batch / 512 for name in ("lr", "warmup_lr", "min_lr")}
+        return args.replace(**scaled)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, args: SwinArgs, updates_per_epoch: float) -> SetLR:
+        from common.optim import update_schedule
+
+        # upstream steps its schedule after an update, with that update's number: updates 0 and 1 have the same rate
+        return update_schedule(optimizer, args, updates_per_epoch, prefix=False, lag=1)
 
 
-def scale_lr(args: argparse.Namespace, global_batch: int) -> argparse.Namespace:
-    """All three rates are stated for 512 images a step."""
-    scaled = {name: getattr(args, name) * global_batch / 512 for name in ("lr", "warmup_lr", "min_lr")}
-    return argparse.Namespace(**vars(args) | scaled)
-
-
-RECIPE = Recipe(
-    name="swin",
-    about="Training of Swin transformers, plain or with AugSub.",
-    defaults={
-        "model": MODEL,
-        "batch_size": 128,
-        "warmup_epochs": 20,
-        "warmup_lr": 5e-7,
-        "min_lr": 5e-6,
-        "clip_grad": 5.0,
-        "opt_betas": [0.9, 0.999],
-        "color_jitter": 0.4,
-        "mixup": 0.8,
-        "cutmix": 1.0,
-        "num_workers": min(8, os.cpu_count() or 1),
-        "output_dir": "output",
-        "log_interval": 10,
-    },
-    variants=VARIANTS,
-    digits=DIGITS,
-    create_model=late("swin.models:create_model"),
-    add_flags=add_flags,
-    check=check,
-    from_files=from_files,
-    adapt_weights=late("timm.models.swin_transformer:checkpoint_filter_fn"),
-    scale_lr=scale_lr,
-    schedule=late("common.optim:update_schedule", prefix=False),
-)
+RECIPE = Swin()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.augsub import AugSub
-from common.joint import join
 from common.masking import block_mask
 from mae import models as mae_models  # noqa: F401 - registers vit_pico_patch8
 
@@ -23,8 +22,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "swin_tiny_patch4_window7_224": SWIN,
     "resnet18": {"layers": (1, 1, 1, 1), "num_classes": 5},
 }
-CASES = [(name, kind, parts, joint) for name in SMALL
-         for kind in ("none", "masking") for parts in (1, 3) for joint in (False, True)]  # fmt: skip
+CASES = [(name, kind, parts, one_backward) for name in SMALL
+         for kind in ("none", "masking") for parts in (1, 3) for one_backward in (False, True)]  # fmt: skip
 BATCH = 12
 
 
@@ -44,27 +43,36 @@ def joined_batch(name: str) -> tuple[Tensor, Tensor]:
 
 
 def same_mask_for_all(model: nn.Module) -> None:
-    """Makes the drop hide the same patches of every image, so that it does not matter which process draws them."""
-    import common.joint as joint
+    """Make the drop hide the same patches of every image, so that it does not matter which process draws them."""
     import common.masking as masking
 
     masking.block_mask = lambda batch, *rest: block_mask(1, *rest).expand(batch, -1, -1)
-    joint.patch_dropout_forward = lambda tokens, *rest: (tokens[:, :33], None)
     if hasattr(model, "patch_drop"):
         model.patch_drop.forward = lambda x: x[:, :33] if getattr(model.patch_drop, "prob", 0) else x  # type: ignore[union-attr]
 
 
 def gradients(
-    model: nn.Module, called: nn.Module, augsub: AugSub, x: Tensor, y: Tensor, parts: int, joint: bool = False
+    model: nn.Module, called: nn.Module, augsub: AugSub, x: Tensor, y: Tensor, parts: int, one_backward: bool = False
 ) -> dict[str, Tensor]:
-    """Gradients of one update from `parts` micro-batches, each with one backward where `joint` is set; `called` may
-    compute both passes at once then."""
+    """Gradients of one update from `parts` micro-batches, by a backward for each loss or one for their sum.
+
+    Args:
+        model: the bare module, whose gradients are returned.
+        called: `model` itself, or the DDP module around it.
+    """
     for part, (images, labels) in enumerate(zip(x.chunk(parts), y.chunk(parts)), start=1):
         torch.manual_seed(5)
         losses = augsub.losses(called, images, labels, F.cross_entropy, sync=part == parts)
-        for loss in [torch.stack(list(losses)).sum()] if joint else losses:
+        for loss in [torch.stack(list(losses)).sum()] if one_backward else losses:
             (loss / parts).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def count_reductions(state: list[int], bucket: torch_dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A hook for DDP that averages as it does and notes each bucket."""
+    state.append(bucket.index())
+    work = torch_dist.all_reduce(bucket.buffer().div_(torch_dist.get_world_size()), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
 
 
 def ddp_steps(
@@ -74,25 +82,19 @@ def ddp_steps(
     torch.set_num_threads(1)
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     results = {}
-    for name, kind, parts, joint in cases:
+    for name, kind, parts, one_backward in cases:
         model = build(name)
         augsub = AugSub(model, kind, ratio)
         same_mask_for_all(model)
-        ddp = DistributedDataParallel(join(augsub, model) or model if joint else model, bucket_cap_mb=1000)
+        ddp = DistributedDataParallel(model, bucket_cap_mb=1000)
         rounds: list[int] = []
-
-        def count(state: list[int], bucket: torch_dist.GradBucket) -> torch.futures.Future[Tensor]:
-            state.append(bucket.index())
-            work = torch_dist.all_reduce(bucket.buffer().div_(torch_dist.get_world_size()), async_op=True)
-            return work.get_future().then(lambda done: done.value()[0])
-
-        ddp.register_comm_hook(rounds, count)
+        ddp.register_comm_hook(rounds, count_reductions)
         x, y = joined_batch(name)
         # micro-batch m of all processes together is micro-batch m of the joined batch
         share = [torch.arange(BATCH).chunk(parts)[part].chunk(world)[rank] for part in range(parts)]
         mine = torch.cat(share)
-        got = gradients(model, ddp, augsub, x[mine], y[mine], parts, joint)
-        results[name, kind, parts, joint] = got, list(rounds)
+        got = gradients(model, ddp, augsub, x[mine], y[mine], parts, one_backward)
+        results[name, kind, parts, one_backward] = got, list(rounds)
     if rank == 0:
         torch.save(results, folder / "results.pt")
     torch_dist.barrier()

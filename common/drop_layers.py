@@ -1,0 +1,162 @@
+"""Which layers of a model are dropout or stochastic depth of its blocks, by timm's names or by what a layer does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from timm.layers import DropPath
+from torch import nn
+
+from . import foreign
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def find_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Find dropouts of attention projections and MLPs, and the attribute with their rate.
+
+    Not those of attention weights, positions, pooling or the head.
+    """
+    places: list[tuple[nn.Module, str]] = []
+    for root, timm_names in _parts(model):
+        places += _timm_dropouts(root) if timm_names else _other_dropouts(root)
+    return places
+
+
+def _parts(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """List the timm models in a model, or itself where there are none; and whether timm's names hold there."""
+    inside = list(_timm_models(model))
+    return [(module, True) for module in inside] or [(model, False)]
+
+
+def _timm_models(module: nn.Module) -> Iterator[nn.Module]:
+    if foreign.is_timm_model(module):
+        yield module
+    else:
+        for child in module.children():
+            yield from _timm_models(child)
+
+
+def _timm_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    pattern = re.compile(
+        r"(?!.*\b(head|attn_pool|\w*rel_pos|cpb_mlp|meta_mlp)\b).*"
+        r"\b(proj_drop|drop[123]|mlp_drop|out_drop|mlp\.drop|linear\.drop|main\.\d+)"
+    )
+    return [(m, "p") for name, m in model.named_modules() if isinstance(m, nn.Dropout) and pattern.fullmatch(name)]
+
+
+def _other_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    outside = re.compile(
+        r".*\b(\w*head\w*|aux\w*|\w*classifier\w*|fc\d*|\w*pool\w*|pre_logits|\w*embed\w*|pos_\w+|\w*rel_pos\w*|"
+        r"\w*position\w*|cpb\w*|attn_drop\w*|attention_drop\w*|\w*drop_path\w*)\b.*"
+    )
+    names = dict(model.named_modules())
+    if any(foreign.lacks_dropout(module) for module in names.values()):
+        return []
+    tokens = [(module, foreign.find_place(foreign.TOKENS, module)) for module in names.values()]
+    inputs = {id(module.get_submodule(place.module)) for module, place in tokens if place}
+    places: list[tuple[nn.Module, str]] = []
+    for name, module in names.items():
+        parent = names[name.rpartition(".")[0]] if name else model
+        weights = "Attention" in type(parent).__name__ and name.endswith((".dropout", ".drop"))
+        parents = (names[name[: dot.start()]] for dot in re.finditer(r"\.", name))
+        in_blocks = any(isinstance(parent, CONTAINERS) for parent in parents)
+        elsewhere = outside.fullmatch(name) or weights or id(module) in inputs or not in_blocks
+        if isinstance(module, nn.Dropout) and not elsewhere:
+            places.append((module, "p"))
+        if rate := foreign.find_place(foreign.DROPOUT_RATES, module):
+            places.append((module, rate))
+    _check_every_block(model, "dropout", {id(module) for module, _ in places})
+    return places
+
+
+def find_drop_paths(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Find where residual branches have their stochastic depth, or a placeholder for it: (block, attribute)."""
+    places = []
+    reached: set[nn.Module] = set()
+    for root, timm_names in _parts(model):
+        names = {} if timm_names else _drop_path_names_of_classes(root)
+        in_root = [(block, name) for block in root.modules() for name in _drop_path_names(block, timm_names, names)]
+        if not timm_names:
+            blocks = {id(block) for block, _ in in_root}
+            _check_every_block(root, "droppath", blocks)
+            _check_every_class(root, blocks)
+        places += in_root
+        reached.update(root.modules())
+    _check_none_outside(model, reached)
+    return places
+
+
+def _drop_path_names_of_classes(model: nn.Module) -> dict[type, set[str]]:
+    """Return under which names the blocks of a class have their stochastic depth, where any of them has a layer."""
+    names: dict[type, set[str]] = {}
+    for block in model.modules():
+        if type(block) not in CONTAINERS:
+            layers = {name for name, layer in block._modules.items() if foreign.drop_path_rate(layer) is not None}
+            names.setdefault(type(block), set()).update(layers)
+    return names
+
+
+def _drop_path_names(block: nn.Module, timm_names: bool, names_of_classes: dict[type, set[str]]) -> list[str]:
+    pattern = re.compile(r"(\w+_)?drop_path\d*") if timm_names else foreign.DROP_PATH_NAMES
+    own = names_of_classes.get(type(block), set())
+    names = []
+    for name, layer in (vars(block) | block._modules).items():
+        if layer is None or isinstance(layer, (DropPath, nn.Identity)):
+            if name in own or pattern.fullmatch(name):
+                names.append(name)
+        elif timm_names or not isinstance(layer, nn.Module):
+            continue
+        elif foreign.drop_path_rate(layer) is not None:
+            if not foreign.find_place(foreign.DROPOUTS_BY_DROP_PATH, block):
+                names.append(name)
+        elif pattern.fullmatch(name):
+            raise ValueError(
+                f"--augsub droppath: {type(block).__name__}.{name} is a {type(layer).__name__}, not stochastic "
+                "depth, so not every block can be reached; use masking"
+            )
+    return names
+
+
+def _check_none_outside(model: nn.Module, reached: set[nn.Module]) -> None:
+    """Refuse stochastic depth in modules beside the models of timm that were looked through.
+
+    Raises:
+        ValueError: names a layer.
+    """
+    for block in model.modules():
+        for name, layer in block._modules.items():
+            if block not in reached and foreign.drop_path_rate(layer) is not None:
+                raise ValueError(
+                    f"--augsub droppath: {type(block).__name__}.{name} is outside of the model of timm, so not every "
+                    "block can be reached; use masking"
+                )
+
+
+def _check_every_class(model: nn.Module, places: set[int]) -> None:
+    """Refuse stochastic depth that some blocks of a class have and others have not, wherever they are.
+
+    Raises:
+        ValueError: names a block without.
+    """
+    classes = {type(block) for block in model.modules() if id(block) in places} - set(CONTAINERS)
+    for name, block in model.named_modules():
+        if type(block) in classes and id(block) not in places:
+            raise ValueError(f"--augsub droppath: cannot reach every block of the model, not {name}; use masking")
+
+
+def _check_every_block(model: nn.Module, kind: str, places: set[int]) -> None:
+    """Refuse a drop that some blocks of a kind have and others have not.
+
+    Raises:
+        ValueError: names a block without.
+    """
+    for name, container in model.named_modules():
+        blocks = list(container.named_children())
+        reached = {child: any(id(m) in places for m in module.modules()) for child, module in blocks}
+        with_drop = {type(module) for child, module in blocks if reached[child]} - {*CONTAINERS, nn.Dropout}
+        for child, module in blocks:
+            if type(module) in with_drop and not reached[child]:
+                where = f"{name}.{child}" if name else child
+                raise ValueError(f"--augsub {kind}: cannot reach every block of the model, not {where}; use masking")

@@ -1,0 +1,367 @@
+"""Mistakes of order are told in a sentence, before a step is computed; what is right is not refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as torch_dist
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from common.augsub import AugSub
+
+VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+SWIN = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "img_size": 32, "window_size": 4, "num_classes": 5}
+LABELS = torch.tensor([0, 1, 2, 4])
+
+
+def vit(**kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("deit3_small_patch16_224", **VIT | kwargs)
+
+
+def swin() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("swin_tiny_patch4_window7_224", **SWIN)
+
+
+def make(model: nn.Module, kind: str = "masking", **kwargs: Any) -> AugSub:
+    return AugSub(model, kind, block=8, **kwargs)
+
+
+def images() -> Tensor:
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def losses(augsub: AugSub, model: Any, **kwargs: Any) -> Any:
+    return augsub.losses(model, images(), LABELS, F.cross_entropy, **kwargs)
+
+
+def take_step(augsub: AugSub, model: Any, **kwargs: Any) -> None:
+    for loss in losses(augsub, model, **kwargs):
+        loss.backward()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch_dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch_dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["masking", "dropout", "droppath"])
+@pytest.mark.parametrize("build", [vit, swin, lambda: timm.create_model("resnet18", layers=(1, 1, 1, 1))])
+def test_a_model_in_eval_mode_is_refused(build, kind):
+    model = build()
+    if kind == "dropout" and not hasattr(model, "patch_embed"):
+        return
+    augsub = make(model, kind)
+    model.eval()
+    forwards: list[int] = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    for step in (augsub.losses, augsub.step):
+        with pytest.raises(
+            ValueError, match=r"model: is in eval mode, where no drop acts; call model.train\(\) before"
+        ):
+            step(model, images(), LABELS, F.cross_entropy)
+    assert not forwards
+    take_step(augsub, model.train())
+
+
+def test_frozen_parts_may_be_in_eval_mode_where_the_drop_acts():
+    model = vit()
+    augsub = make(model, "droppath")
+    model.patch_embed.eval()
+    model.blocks[0].eval()
+    take_step(augsub, model)
+    model = swin()
+    augsub = make(model)
+    model.patch_embed.eval()  # where the mask token is put in
+    with pytest.raises(ValueError, match="eval mode"):
+        losses(augsub, model)
+
+
+def test_eval_mode_is_no_mistake_without_a_drop():
+    for kind, ratio in (("none", 0.5), ("masking", 0.0)):
+        model = vit().eval()
+        take_step(AugSub(model, kind, ratio), model)
+
+
+@pytest.mark.parametrize(("wrap", "name"), [
+    (nn.DataParallel, "DataParallel"), (torch.compile, "OptimizedModule"), (AveragedModel, "AveragedModel"),
+    (DistributedDataParallel, "DistributedDataParallel"),
+])  # fmt: skip
+def test_a_wrapped_model_is_refused(wrap, name, process_group):
+    for kind in ("masking", "none"):
+        with pytest.raises(ValueError, match=f"make AugSub from the bare model, before {name} wraps it"):
+            AugSub(wrap(vit()), kind)
+
+
+def test_a_sharded_model_is_refused(process_group):
+    model = vit()
+    mesh = torch_dist.init_device_mesh("cpu", (1,))
+    fully_shard(model.blocks[0], mesh=mesh)
+    with pytest.raises(ValueError, match="model: is sharded by FSDP already; make AugSub from the bare model"):
+        AugSub(model)
+
+
+def test_another_model_than_augsubs_is_refused():
+    model = vit()
+    augsub = make(model)
+    for other in (vit(), copy.deepcopy(model)):
+        with pytest.raises(ValueError, match="model: lacks layers that AugSub was made for; pass AugSub's model"):
+            losses(augsub, other)
+    for wrapper in (nn.Sequential(model), nn.DataParallel(model), lambda x: model(x)):
+        take_step(augsub, wrapper)
+
+
+@pytest.mark.parametrize("make_optimizer", [
+    lambda m: torch.optim.SGD(m.parameters(), 0.1), lambda m: create_optimizer_v2(m, "adamw", 0.1),
+    lambda m: torch.optim.SGD(m.patch_embed.parameters(), 0.1),
+])  # fmt: skip
+def test_an_optimizer_made_before_the_mask_token_is_refused(make_optimizer):
+    model = swin()
+    optimizer = make_optimizer(model)
+    augsub = make(model)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError,
+            match="optimizer: does not hold the mask token mask_token; make it after AugSub with all parameters",
+        ):
+            losses(augsub, model)
+    assert optimizer
+    model.mask_token.requires_grad_(False)
+    take_step(augsub, model)
+    assert model.mask_token.grad is None
+
+
+def test_other_optimizers_are_no_mistake():
+    model, other = swin(), swin()
+    first, unrelated = torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(other.parameters(), 0.1)
+    augsub = make(model)
+    second = torch.optim.SGD([model.mask_token], 0.1)
+    take_step(augsub, model)
+    del first, second
+    model = vit()
+    third = torch.optim.SGD(model.parameters(), 0.1)  # token drop adds no parameter
+    take_step(make(model), model)
+    take_step(augsub := make(other := swin()), other)  # no optimizer yet
+    assert unrelated and third and augsub
+
+
+@pytest.mark.parametrize("average", [ModelEmaV2, ModelEmaV3, AveragedModel])
+def test_an_average_made_before_the_mask_token_is_refused(average):
+    model = swin()
+    ema = average(model)
+    augsub = make(model)
+    with pytest.raises(
+        ValueError, match="EMA: its average of the model lacks the mask token mask_token; make it after"
+    ):
+        losses(augsub, model)
+    ema = average(model)
+    take_step(augsub, model)
+    assert "mask_token" in ema.module.state_dict()
+
+
+def test_an_average_of_another_model_is_no_mistake():
+    """Of a plain twin beside it with the same seed; and of one that is gone, and has trained."""
+    plain, model = swin(), swin()
+    ema = ModelEmaV3(plain)
+    take_step(make(model), model)
+    plain.patch_embed.proj.weight.data += 1
+    ema.set(plain)
+    del plain
+    other = swin()
+    take_step(make(other), other)
+
+
+def test_a_step_that_was_not_finished_is_told_and_the_model_restored():
+    model = vit()
+    augsub = make(model)
+    unfinished = losses(augsub, model)
+    (next(unfinished) + next(unfinished)).backward()
+    assert model.patch_drop.prob == 0.5
+    with pytest.raises(ValueError, match="losses: the step before was not finished, so that the model was still its"):
+        losses(augsub, model)
+    assert model.patch_drop.prob == 0
+    take_step(augsub, model)
+    assert list(unfinished) == []
+
+
+def test_the_model_is_given_back_in_the_middle_of_a_step():
+    model = vit(drop_path_rate=0.1)
+    augsub = make(model, "droppath")
+    rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    unfinished = losses(augsub, model)
+    next(unfinished), next(unfinished)
+    augsub.remove()
+    after = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath" and m.drop_prob]
+    assert after == [rate for rate in rates if rate]
+
+
+def test_steps_that_overlap_are_refused():
+    """Else the second would end as the sub-model of the first, for good."""
+    model = vit()
+    augsub = make(model)
+    with pytest.raises(ValueError, match="the step before was not finished"):
+        for first, second in zip(losses(augsub, model), losses(augsub, model)):
+            (first + second).backward()
+    assert model.patch_drop.prob == 0
+
+
+def test_finished_steps_are_no_mistake():
+    model = vit()
+    augsub = make(model)
+    main, sub = losses(augsub, model)
+    (main + sub).backward()
+    sum(losses(augsub, model)).backward()
+    for _, loss in zip(("main", "sub"), losses(augsub, model)):
+        loss.backward()
+    for loss in losses(augsub, model):  # a step given up
+        loss.backward()
+        break
+    created = losses(augsub, model)  # and one that is never begun
+    take_step(augsub, model)
+    assert created
+
+
+@pytest.mark.parametrize("kind", ["dropout", "droppath", "masking"])
+def test_one_backward_under_activation_checkpointing(kind):
+    """AugDrop and AugPath would be off in the recomputation; masking is before the layers that are recomputed."""
+    plain, thrifty = vit(), vit()
+    thrifty.set_grad_checkpointing(True)
+    augsub = make(thrifty, kind)
+    if kind != "masking":
+        with pytest.raises(ValueError, match="step: activation checkpointing would recompute the sub-model without"):
+            augsub.step(thrifty, images(), LABELS, F.cross_entropy)
+        return
+    for model in (plain, thrifty):
+        augsub = make(model, kind)
+        torch.manual_seed(3)
+        augsub.step(model, images(), LABELS, F.cross_entropy).loss.backward()
+    for one, other in zip(plain.parameters(), thrifty.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+
+
+class Reductions(nn.Module):
+    """Hides DDP's `no_sync`, so that both backwards reduce."""
+
+    def __init__(self, ddp: DistributedDataParallel):
+        super().__init__()
+        self.ddp = ddp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ddp(x)
+
+
+@pytest.mark.parametrize("build", [swin, vit])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("way", ["losses", "step", "hidden no_sync"])
+def test_ddp_finds_a_gradient_of_each_parameter_in_each_backward(way, static, build, process_group):
+    """Three steps of two micro-batches, as DDP notices in a step that the one before missed a parameter."""
+    found = []
+    for wrap in (False, True):
+        model: Any = build()
+        torch.manual_seed(2)
+        augsub = make(model)
+        called = DistributedDataParallel(model, static_graph=static) if wrap else model
+        if wrap and way == "hidden no_sync":
+            called = Reductions(called)
+        for part in range(6):
+            torch.manual_seed(part)
+            if way == "step":
+                augsub.step(called, images(), LABELS, F.cross_entropy, sync=part % 2 == 1).loss.backward()
+            else:
+                take_step(augsub, called, sync=part % 2 == 1)
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.fixture
+def leaves_no_process_group():
+    """Lightning leaves its process group to the end of the process, where the next test makes its own."""
+    yield
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("static", [False, True])
+def test_lightnings_manual_optimization_in_ddp(static, tmp_path, leaves_no_process_group):
+    """Its DDP is around the LightningModule, and AugSub sees the bare model within."""
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.strategies import DDPStrategy
+
+    class Task(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.net = swin()
+            torch.manual_seed(2)
+            self.augsub = make(self.net)
+
+        def training_step(self, batch, index):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            torch.manual_seed(index)
+            for loss in self.augsub.losses(self.net, *batch, F.cross_entropy):
+                self.manual_backward(loss)
+            optimizer.step()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    data = torch.utils.data.TensorDataset(images().repeat(3, 1, 1, 1), LABELS.repeat(3))
+    task: Any = Task()
+    lightning.Trainer(
+        accelerator="cpu", devices=1, strategy=DDPStrategy(process_group_backend="gloo", static_graph=static),
+        max_epochs=1, logger=False, use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
+    ).fit(task, torch.utils.data.DataLoader(data, 4))  # fmt: skip
+    plain = Task()
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        torch.manual_seed(step)
+        take_step(plain.augsub, plain.net)
+        optimizer.step()
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(task.state_dict()[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_ddp_made_before_the_mask_token_is_refused(process_group):
+    """It would neither broadcast the token nor reduce its gradient."""
+    model = swin()
+    wrapped = DistributedDataParallel(model)
+    augsub = make(model)
+    with pytest.raises(ValueError, match="model: DDP was made before the mask token mask_token; make it after AugSub"):
+        losses(augsub, wrapped)
+
+
+def test_batch_norms_that_were_replaced_are_told():
+    model = timm.create_model("resnet18", num_classes=5)
+    augsub = AugSub(model, "masking", batch_norm="main")
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with pytest.raises(ValueError, match="model: lacks layers that AugSub was made for"):
+        losses(augsub, model)
+
+
+def test_an_optimizer_that_could_not_be_made_is_no_mistake():
+    """An exception that is kept, as notebooks do, keeps it alive without its groups."""
+    model = swin()
+    augsub = make(model)
+    with pytest.raises(ValueError) as kept:
+        torch.optim.SGD(model.parameters(), lr=-1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    take_step(augsub, model)
+    assert kept is not None and optimizer.param_groups
