@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import connection
@@ -71,14 +72,29 @@ class LoaderConfig:
 
 class WatchedLoader(DataLoader):
     """A DataLoader that keeps its workers, whose exit statuses tell how one died; PyTorch has them in an iterator that
-    is gone when the error arrives."""
+    is gone when the error arrives, or not yet there: a worker can die while the iterator is being made."""
 
     workers: Sequence[BaseProcess] = ()
 
     def _get_iterator(self) -> Any:
-        iterator = super()._get_iterator()
-        self.workers = getattr(iterator, "_workers", ())
-        return iterator
+        workers: list[BaseProcess] = []
+        if self.num_workers:
+            self.multiprocessing_context = _recording_context(workers)
+        self.workers = workers
+        return super()._get_iterator()
+
+
+def _recording_context(processes: list[BaseProcess]) -> Any:
+    """The default multiprocessing context, which appends each process that it makes to `processes`."""
+    context: Any = copy(multiprocessing.get_context())
+    make = context.Process
+
+    def record(*args: Any, **kwargs: Any) -> BaseProcess:
+        processes.append(make(*args, **kwargs))
+        return processes[-1]
+
+    context.Process = record
+    return context
 
 
 class AugmentedDataset(Dataset):
@@ -327,7 +343,7 @@ def explain_worker_failure(loader: DataLoader | None, error: BaseException) -> s
 def explain_worker_death(loader: DataLoader) -> str:
     """How a worker ended, at which image, and what to do."""
     workers = loader.workers if isinstance(loader, WatchedLoader) else ()
-    connection.wait([worker.sentinel for worker in workers], WORKER_EXIT_S)
+    connection.wait([worker.sentinel for worker in workers if worker.pid is not None], WORKER_EXIT_S)
     dead = {number: worker.exitcode for number, worker in enumerate(workers) if worker.exitcode}
     samples = loader.dataset.samples_in_flight(dead) if isinstance(loader.dataset, AugmentedDataset) else []
     where = f" while it read {' or '.join(samples)}" if samples else ""

@@ -6,12 +6,14 @@ import ctypes
 import faulthandler
 import os
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils import signal_handling
 
 from common.data.loader import AugmentedDataset, WatchedLoader, collate, explain_worker_failure
 
@@ -68,6 +70,31 @@ def test_the_signal_and_the_image_are_told(end, words, persistent):
         list(loader)
     assert explain_worker_failure(loader, death.value) == f"a DataLoader worker was {words}{RESUME}".replace(
         "was exited", "exited"
+    )
+
+
+class SlowSampler:
+    """Places of images; from the second batch of two on they take long to draw."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for place in range(8):
+            yield 5, 0
+            if place > 1:
+                time.sleep(1)
+
+
+def test_a_worker_that_dies_while_the_iterator_is_made_is_told(monkeypatch):
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # `kill_workers` takes the handler away
+    views = AugmentedDataset(Deadly(end_by(signal.SIGKILL)), lambda image: torch.zeros(3, 4, 4), num_workers=2)
+    loader: WatchedLoader = WatchedLoader(views, sampler=SlowSampler(), batch_size=2, num_workers=2, collate_fn=collate)
+    with pytest.raises(RuntimeError) as death:
+        iter(loader)
+    assert explain_worker_failure(loader, death.value) == (
+        f"a DataLoader worker was killed by SIGKILL while it read 5.png, probably out of memory: "
+        f"lower --num-workers{RESUME}"
     )
 
 
