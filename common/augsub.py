@@ -20,6 +20,7 @@ sub-model is the main model; kind "none" is the plain loss l(f(x), y). `common.c
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -75,7 +76,8 @@ class AugSub:
             pass alone. Both passes normalise with their own batch's statistics.
 
     Raises:
-        ValueError: an unknown kind, a ratio outside [0, 1), a wrapped model, or a drop the model has no place for.
+        ValueError: an unknown kind, a ratio outside [0, 1), a wrapped or compiled model, or a drop the model has no
+            place for.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class AugSub:
         self.model, self.kind, self.ratio, self.target, self.logits = model, kind, ratio, target, logits
         self.installed = InstalledDrop("plain", [], [])
         if kind != "none":
+            step_checks.check_not_compiled(model)
             self.installed = install_drop(model, kind, ratio, block, tokens=tokens, prefix=prefix, patches=patches)
         token = self.installed.mask_token
         if token is not None:  # it trains where anything does
@@ -117,11 +120,24 @@ class AugSub:
             norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
             self.switches += [Switch(m, "track_running_stats", False) for m in norms if m.track_running_stats]
         self._removed = False
+        self._reached = kind == "none" or ratio == 0  # whether a forward pass has been seen to call the drop's layers
         self._checked: set[int] = set()  # ids of the models of steps so far
         self._open_step: Generator[_Pass] | None = None  # the passes of a step that has begun and not ended
 
     def __repr__(self) -> str:
-        return f"AugSub({self.kind}, ratio={self.ratio}, {self.drop})"
+        return "AugSub(none)" if self.kind == "none" else f"AugSub({self.kind}, ratio={self.ratio}, {self.drop})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AugSub:
+        """Copy it with its model, as an object that holds both is copied."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy({**vars(self), "_open_step": None, "_checked": set()}, memo))
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "AugSub: cannot be pickled, since its hooks stay behind; make it in each process, started by torchrun or "
+            'Lightning\'s strategy "ddp" and not by "ddp_spawn"'
+        )
 
     @property
     def weight(self) -> float:
@@ -277,7 +293,7 @@ class AugSub:
     def _refuse_open_step(self) -> None:
         if self._close_step():
             raise ValueError(
-                "losses: the step before was not finished, so that the model was still its sub-model; take all that "
+                "losses: the step before was not finished and the model was still its sub-model; take all that "
                 "losses() yields in a for loop or with sum(), or use step()"
             )
 
@@ -307,7 +323,9 @@ class AugSub:
         #   sub pass            no_sync                  all-reduce, of both passes' gradients
         with nullcontext() if sync and soft is None else no_sync():
             self._keep_token_in_graph(model)
-            logits = self.logits(_call(model, x))
+            with self.first_call_checked(model):
+                output = _call(model, x)
+            logits = self.logits(output)
             yield _Pass(_float32(criterion, logits, y), logits)
         if soft is None:
             return
@@ -317,6 +335,20 @@ class AugSub:
         with nullcontext() if sync else no_sync(), self.sub_model():
             logits = self.logits(_call(model, x))
             yield _Pass(_float32(soft_criterion, logits, target, y), logits)
+
+    @contextmanager
+    def first_call_checked(self, model: nn.Module) -> Iterator[None]:
+        """Check of the first call inside that it reaches the drop; a compiled model hides its calls.
+
+        Raises:
+            ValueError: the model's forward calls no layer that the drop acts in.
+        """
+        if self._reached or step_checks.is_compiled(model):
+            yield
+            return
+        with step_checks.calls_checked(self.model, self.installed.switches):
+            yield
+        self._reached = True
 
     def _keep_token_in_graph(self, model: nn.Module) -> None:
         """Let the main pass use the mask token, with weight 0, where a DDP might reduce in this pass's backward.
@@ -332,7 +364,7 @@ class AugSub:
             return
         if any(parameter is token for parameter in self.model.parameters()):  # else FSDP has made another of it
             for switch in self.installed.switches:
-                switch.module.uses_token_always = True
+                switch.module.use_token_always()
 
 
 def _call(model: nn.Module, x: Any) -> Any:

@@ -11,6 +11,10 @@ from torch import nn
 from . import foreign
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+NOT_IN_BLOCKS = re.compile(
+    r".*\b(\w*head\w*|aux\w*|\w*classifier\w*|fc\d*|\w*pool\w*|pre_logits|\w*embed\w*|pos_\w+|\w*rel_pos\w*|"
+    r"\w*position\w*|cpb\w*|attn_drop\w*|attention_drop\w*|\w*drop_path\w*)\b.*"
+)
 
 
 def find_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -19,8 +23,11 @@ def find_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     Not those of attention weights, positions, pooling or the head.
     """
     places: list[tuple[nn.Module, str]] = []
+    reached: set[nn.Module] = set()
     for root, timm_names in _parts(model):
         places += _timm_dropouts(root) if timm_names else _other_dropouts(root)
+        reached.update(root.modules())
+    _check_no_dropout_outside(model, reached)
     return places
 
 
@@ -47,10 +54,6 @@ def _timm_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _other_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    outside = re.compile(
-        r".*\b(\w*head\w*|aux\w*|\w*classifier\w*|fc\d*|\w*pool\w*|pre_logits|\w*embed\w*|pos_\w+|\w*rel_pos\w*|"
-        r"\w*position\w*|cpb\w*|attn_drop\w*|attention_drop\w*|\w*drop_path\w*)\b.*"
-    )
     names = dict(model.named_modules())
     if any(foreign.lacks_dropout(module) for module in names.values()):
         return []
@@ -62,7 +65,7 @@ def _other_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
         weights = "Attention" in type(parent).__name__ and name.endswith((".dropout", ".drop"))
         parents = (names[name[: dot.start()]] for dot in re.finditer(r"\.", name))
         in_blocks = any(isinstance(parent, CONTAINERS) for parent in parents)
-        elsewhere = outside.fullmatch(name) or weights or id(module) in inputs or not in_blocks
+        elsewhere = NOT_IN_BLOCKS.fullmatch(name) or weights or id(module) in inputs or not in_blocks
         if isinstance(module, nn.Dropout) and not elsewhere:
             places.append((module, "p"))
         if rate := foreign.find_place(foreign.DROPOUT_RATES, module):
@@ -101,7 +104,9 @@ def _drop_path_names_of_classes(model: nn.Module) -> dict[type, set[str]]:
 def _drop_path_names(block: nn.Module, timm_names: bool, names_of_classes: dict[type, set[str]]) -> list[str]:
     pattern = re.compile(r"(\w+_)?drop_path\d*") if timm_names else foreign.DROP_PATH_NAMES
     own = names_of_classes.get(type(block), set())
-    names = []
+    names: list[str] = []
+    if getattr(block, "has_skip", True) is False:  # timm's; without a residual branch the layer is never called
+        return names
     for name, layer in (vars(block) | block._modules).items():
         if layer is None or isinstance(layer, (DropPath, nn.Identity)):
             if name in own or pattern.fullmatch(name):
@@ -117,6 +122,25 @@ def _drop_path_names(block: nn.Module, timm_names: bool, names_of_classes: dict[
                 "depth, so not every block can be reached; use masking"
             )
     return names
+
+
+def _check_no_dropout_outside(model: nn.Module, reached: set[nn.Module]) -> None:
+    """Refuse dropout in blocks beside the models of timm that were looked through.
+
+    Raises:
+        ValueError: names a layer.
+    """
+    names = dict(model.named_modules())
+    for name, module in names.items():
+        if not isinstance(module, nn.Dropout) or module in reached or NOT_IN_BLOCKS.fullmatch(name):
+            continue
+        parents = [names[name[: dot.start()]] for dot in re.finditer(r"\.", name)]
+        in_list = (isinstance(outer, CONTAINERS) for outer in [model, *parents])
+        if any(listed and not isinstance(parent, CONTAINERS) for listed, parent in zip(in_list, parents)):
+            raise ValueError(
+                f"--augsub dropout: {name} is outside of the model of timm, so not every block can be reached; use "
+                "masking"
+            )
 
 
 def _check_none_outside(model: nn.Module, reached: set[nn.Module]) -> None:

@@ -92,6 +92,10 @@ class BlockMask(Mask):
         """Return how many of so many blocks are hidden; at least one is not."""
         raise NotImplementedError
 
+    def use_token_always(self) -> None:
+        """Have a mask token in the graph of the main pass too, with weight 0."""
+        self.uses_token_always = True
+
     def draw(self, batch: int, grid: tuple[int, int], block: tuple[int, int], device: torch.device) -> Tensor:
         """Draw what to hide, as `block_mask`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,11 +44,42 @@ def check_bare(model: nn.Module) -> None:
         raise ValueError("model: is sharded by FSDP already; make AugSub from the bare model, before FSDP shards it")
 
 
+def is_compiled(model: Any) -> bool:
+    """Return whether torch.compile has, or will, put a graph in the place of a model's calls or of some of them."""
+    if any(hasattr(wrapper, "_orig_mod") for wrapper in _unwrap_stepwise(model)):
+        return True
+    return isinstance(model, nn.Module) and any(_compiles_itself(module) for module in model.modules())
+
+
+def _compiles_itself(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Refuse a model that is compiled, which would go on with the graphs that it has, without the drop.
+
+    Raises:
+        ValueError: it, a part of it or what contains it is compiled.
+    """
+    modules = set(model.modules())
+    compiled = any(_compiles_itself(module) for module in modules)
+    if compiled or (_is_in_compiled_model(modules) and gc.collect() >= 0 and _is_in_compiled_model(modules)):
+        raise ValueError("model: is compiled already; make AugSub before torch.compile or model.compile()")
+
+
+def _is_in_compiled_model(modules: set[nn.Module]) -> bool:
+    compiled = [o for o in gc.get_objects() if type(o).__name__ == "OptimizedModule"]
+    return any(not modules.isdisjoint(model.modules()) for model in compiled)
+
+
 def find_acting_modules(model: nn.Module, switches: Iterable[Switch]) -> list[nn.Module]:
     """List the modules of which the training mode makes the drop act: the drop layers, or where its hooks are."""
     drops = [switch.module for switch in switches]
-    hosts = [m for m in model.modules() if any(_belongs_to(hook, drops) for hook in _forward_hooks(m))]
-    return [drop for drop in drops if isinstance(drop, nn.Module)] + hosts
+    return [drop for drop in drops if isinstance(drop, nn.Module)] + _find_hosts(model, drops)
+
+
+def _find_hosts(model: nn.Module, drops: list[Any]) -> list[nn.Module]:
+    return [m for m in model.modules() if any(_belongs_to(hook, drops) for hook in _forward_hooks(m))]
 
 
 def _forward_hooks(module: nn.Module) -> list[Any]:
@@ -58,6 +90,31 @@ def _belongs_to(hook: Any, drops: list[Any]) -> bool:
     return any(drop is hook or drop is getattr(hook, "__self__", None) for drop in drops)
 
 
+@contextmanager
+def calls_checked(model: nn.Module, switches: Iterable[Switch]) -> Iterator[None]:
+    """Check that the model is called inside, and its drop with it.
+
+    Raises:
+        ValueError: none of the drop's layers was called, so that the sub-model is the main model.
+    """
+    drops = [switch.module for switch in switches]
+    layers = [drop for drop in drops if isinstance(drop, nn.Module)]  # a model with a rate of its own has layers in it
+    watched = {module for layer in layers for module in layer.modules()} | set(_find_hosts(model, drops))
+    called: list[None] = []
+    handles = [module.register_forward_pre_hook(lambda *_: called.append(None)) for module in watched]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if watched and not called:
+        names = sorted({type(module).__name__ for module in watched})
+        raise ValueError(
+            f"model: its forward pass calls no layer that makes the sub-model ({', '.join(names)}); use another kind "
+            "of drop, or for masking name a module that it calls as tokens= or patches="
+        )
+
+
 def check_mode(acting: list[nn.Module]) -> None:
     """Refuse a step in which no drop acts.
 
@@ -65,7 +122,7 @@ def check_mode(acting: list[nn.Module]) -> None:
         ValueError: all of the drop's modules are in eval mode.
     """
     if acting and not any(module.training for module in acting):
-        raise ValueError("model: is in eval mode, where no drop acts; call model.train() before the step")
+        raise ValueError("model: is in eval mode and no drop acts in it; call model.train() before the step")
 
 
 def check_first_step(bare: nn.Module, called: Any, token: nn.Parameter | None, layers: Iterable[Any]) -> None:
@@ -87,6 +144,7 @@ def check_first_step(bare: nn.Module, called: Any, token: nn.Parameter | None, l
     if token is None or not names or not token.requires_grad:  # frozen, or sharded into other parameters
         return
     check_ddp(called, token, names[0])
+    check_replicas(called)
     objects = gc.get_objects()  # optimizers and averages know the model, not the reverse
     optimizers = [o for o in objects if issubclass(type(o), torch.optim.Optimizer)]
     groups = (group for optimizer in optimizers for group in getattr(optimizer, "param_groups", []))
@@ -108,8 +166,9 @@ def _averaged_before(bare: nn.Module, token_name: str, objects: list[Any]) -> bo
     """
     names = [name for name, _ in bare.named_parameters() if name != token_name]
     alike = [o for o in objects if type(o) is type(bare) and [name for name, _ in o.named_parameters()] == names]
-    averages = [o.module for o in objects if issubclass(type(o), nn.Module) and _class_names(o) & AVERAGES]
-    others = [model for model in alike if not any(model is average for average in averages)]
+    averages = [o for o in objects if issubclass(type(o), nn.Module) and _class_names(o) & AVERAGES]
+    averaged = {id(module) for average in averages for module in average.modules()}  # a wrapper's holds it deeper
+    others = [model for model in alike if id(model) not in averaged]
     return not others and any(
         all(torch.equal(model.get_parameter(name).cpu(), bare.get_parameter(name).cpu()) for name in names)
         for model in alike
@@ -126,6 +185,20 @@ def check_ddp(called: Any, token: nn.Parameter, name: str) -> None:
         is_ddp = "DistributedDataParallel" in _class_names(wrapper)
         if is_ddp and all(parameter is not token for parameter in wrapper._module_parameters):
             raise ValueError(f"model: DDP was made before the mask token {name}; make it after AugSub")
+
+
+def check_replicas(called: Any) -> None:
+    """Refuse DataParallel on several devices, whose replicas have no mask token of their own.
+
+    Raises:
+        ValueError: it is what a step calls, or in it.
+    """
+    for wrapper in _unwrap_stepwise(called):
+        if "DataParallel" in _class_names(wrapper) and len(wrapper.device_ids) > 1:
+            raise ValueError(
+                "model: DataParallel has replicas without the mask token; start a process per GPU with torchrun, and "
+                "wrap the model in DistributedDataParallel"
+            )
 
 
 def check_recomputation(bare: nn.Module, kind: str) -> None:

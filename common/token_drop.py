@@ -56,6 +56,10 @@ class NaFlexTokenDrop(PatchDropoutWithIndices):
 
     valid: Tensor | None = None  # (B, L), of the batch in the forward pass
 
+    def set_valid(self, valid: Tensor | None) -> None:
+        """Say which patches of the next batch are valid: (B, L), or None where all are."""
+        self.valid = valid
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x: (B, prefix + L, D) → (B, prefix + K, D), indices (B, K) of what was kept, prefix not counted."""
         if self.valid is None:
@@ -84,4 +88,4 @@ class NaFlexValid(Mask):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """kwargs: `patch_valid`, (B, L) or None."""
-        self.layer.valid = kwargs.get("patch_valid")
+        self.layer.set_valid(kwargs.get("patch_valid"))

@@ -95,7 +95,11 @@ class AugSubTask(TrainingTask):
         to_loss, to_target = soft
         # one all-reduce, in the sub pass; a DDP with a static graph has to see both passes
         static = getattr(self.get_trainable_module(), "static_graph", False)
-        with nullcontext() if static else self.no_sync(), record_outputs(getattr(self, "teacher", None)) as outputs:
+        with (
+            nullcontext() if static else self.no_sync(),
+            record_outputs(getattr(self, "teacher", None)) as outputs,
+            self.augsub.first_call_checked(self.get_trainable_module()),
+        ):
             main = super().forward(input, target)
         soft_target = to_target(main["output"].detach().float())
         self.criterion.of_sub_model = lambda logits, soft: to_loss(logits.float(), soft, target)

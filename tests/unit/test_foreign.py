@@ -47,6 +47,14 @@ def built(name: str) -> nn.Module:
         return transformers.BeitForImageClassification(
             transformers.BeitConfig(**VIT, **SQUARE, use_relative_position_bias=True)
         )
+    if name == "AST":
+        config = transformers.ASTConfig(**VIT, patch_size=8, frequency_stride=8, time_stride=8, max_length=32,
+                                        num_mel_bins=16, num_labels=5)  # fmt: skip
+        return transformers.ASTForAudioClassification(config)
+    if name in ("Vivit", "VideoMAE"):
+        tube = {"tubelet_size": [2, 8, 8]} if name == "Vivit" else {"patch_size": 8}
+        config = getattr(transformers, f"{name}Config")(**VIT, image_size=32, num_frames=4, num_labels=5, **tube)
+        return getattr(transformers, f"{name}ForVideoClassification")(config)
     settings = SWIN | {"num_labels": 5} if "Swin" in name else VIT | SQUARE
     config = getattr(transformers, f"{name}Config")(**settings)
     return getattr(transformers, f"{name}ForImageClassification")(config)
@@ -73,7 +81,11 @@ TOKENS = {
     "Siglip": ("vision_model.embeddings", 0),
     "CLIP": ("vision_model.embeddings", 1),
     "torchvision VisionTransformer": ("encoder.dropout", 1),
+    "AST": ("audio_spectrogram_transformer.embeddings", 2),
+    "Vivit": ("vivit.embeddings", 1),
+    "VideoMAE": ("videomae.embeddings", 0),
 }
+INPUTS = {"AST": (3, 32, 16), "Vivit": (3, 4, 3, 32, 32), "VideoMAE": (3, 4, 3, 32, 32)}
 
 
 def equation(model: nn.Module, kind_hook: Any, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -116,7 +128,7 @@ def test_token_drop_is_the_equation(name):
             module.p = 0.0
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
-    x, y = torch.randn(3, 3, 32, 32), torch.tensor([0, 3, 1])
+    x, y = torch.randn(INPUTS.get(name, (3, 3, 32, 32))), torch.tensor([0, 3, 1])
     torch.manual_seed(5)
     expected = equation(model, (model.get_submodule(place), keep_tokens(prefix, 0.75)), x, y)
     with warnings.catch_warnings(action="error"):
@@ -239,6 +251,11 @@ def test_stochastic_depth_in_some_of_the_blocks_is_refused():
         AugSub(model, "droppath", 0.5)
     with pytest.raises(ValueError, match=r"Block\.path is outside of the model of timm"):
         AugSub(nn.Sequential(timm_vit(), Block(DropPath(0.1))), "droppath", 0.5)
+    with pytest.raises(ValueError, match=r"1\.0\.path is outside of the model of timm"):
+        AugSub(nn.Sequential(timm_vit(), nn.Sequential(Block(nn.Dropout(0.1)))), "dropout", 0.5)
+    head = nn.Sequential(nn.Dropout(0.1), nn.Linear(5, 5))
+    augsub = AugSub(nn.Sequential(timm_vit(), head), "dropout", 0.5)
+    assert len(augsub.switches) == 6 and head[0] not in [switch.module for switch in augsub.switches]
     with pytest.raises(ValueError, match="has no place for it; use masking"):
         AugSub(build("Siglip"), "droppath", 0.5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import timm
 import torch
 import torch.distributed as torch_dist
 import torch.nn.functional as F
+from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
@@ -70,7 +72,7 @@ def test_a_model_in_eval_mode_is_refused(build, kind):
     model.register_forward_hook(lambda *_: forwards.append(1))
     for step in (augsub.losses, augsub.step):
         with pytest.raises(
-            ValueError, match=r"model: is in eval mode, where no drop acts; call model.train\(\) before"
+            ValueError, match=r"model: is in eval mode and no drop acts in it; call model.train\(\) before"
         ):
             step(model, images(), LABELS, F.cross_entropy)
     assert not forwards
@@ -124,6 +126,117 @@ def test_another_model_than_augsubs_is_refused():
         take_step(augsub, wrapper)
 
 
+def test_replicas_that_lack_the_mask_token_are_refused():
+    for build, has_token in ((swin, True), (vit, False)):
+        model = build()
+        augsub, wrapper = make(model), nn.DataParallel(model)
+        wrapper.device_ids = [0, 1]
+        if not has_token:
+            augsub.losses(wrapper, images(), LABELS, F.cross_entropy)
+            continue
+        with pytest.raises(ValueError, match="model: DataParallel has replicas without the mask token; start a proc"):
+            augsub.losses(wrapper, images(), LABELS, F.cross_entropy)
+
+
+def compile_a_block(model: Any) -> None:
+    model.blocks[0].compile()
+
+
+def compile_in_a_wrapper(model: Any) -> nn.Module:
+    compiled: Any = torch.compile(model)
+    return nn.Sequential(compiled)
+
+
+@pytest.mark.parametrize("compile_it", [
+    compile_in_a_wrapper, lambda m: m.compile(), lambda m: torch.compile(m.blocks), compile_a_block,
+])  # fmt: skip
+def test_a_model_that_is_compiled_already_is_refused(compile_it):
+    """Its graphs were made without the drop, and a hook that comes later is not looked for."""
+    model = vit()
+    compiled = compile_it(model)
+    with pytest.raises(ValueError, match="model: is compiled already; make AugSub before"):
+        make(model)
+    AugSub(model, "none")
+    del compiled
+
+
+def test_a_compiled_model_that_is_gone_is_no_mistake():
+    model = vit()
+    torch.compile(model)
+    take_step(make(model), model)
+
+
+class Unused(nn.Module):
+    """A model of blocks, each with a stochastic depth that its forward does not call, and a mark likewise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mark = nn.Identity()
+        self.blocks = nn.Sequential(*(UnusedBlock() for _ in range(2)))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(x).mean((2, 3)))
+
+
+class UnusedBlock(nn.Module):
+    """Convolution, with dropout and stochastic depth left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.LazyConv2d(4, 1)
+        self.drop_path, self.dropout = DropPath(0.0), nn.Dropout(0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+@pytest.mark.parametrize(("kind", "options", "layer"), [
+    ("masking", {"tokens": "mark"}, "Identity"), ("droppath", {}, "DropPath"), ("dropout", {}, "Dropout"),
+])  # fmt: skip
+def test_a_drop_that_no_forward_reaches_is_refused(kind, options, layer):
+    model = Unused()
+    model(images())
+    augsub = AugSub(model, kind, 0.5, **options)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"its forward pass calls no layer that makes the sub-model \({layer}\)"):
+            next(augsub.losses(model, images(), LABELS, F.cross_entropy))
+    assert all(p.grad is None for p in model.parameters())
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    assert not any(hooks)
+    take_step(AugSub(model, "masking", block=8), model)
+
+
+def test_calls_are_counted_in_the_first_step_alone():
+    model = vit()
+    augsub = make(model)
+    seen: list[int] = []
+    model.patch_drop.register_forward_hook(lambda module, *_: seen.append(len(module._forward_pre_hooks)))
+    for _ in range(2):
+        take_step(augsub, model)
+    assert seen == [1, 0, 0, 0]
+
+
+def test_an_augsub_is_not_pickled_and_is_copied_with_its_model():
+    model = vit()
+    augsub = make(model)
+    with pytest.raises(TypeError, match="AugSub: cannot be pickled, since its hooks stay behind; make it in each proc"):
+        pickle.dumps(augsub)
+    take_step(augsub, model)
+    copied_model, copied = copy.deepcopy((model, augsub))
+    assert copied.model is copied_model and copied.switches[0].module is copied_model.patch_drop
+    with copied.sub_model():
+        assert copied_model.patch_drop.prob == 0.5 and model.patch_drop.prob == 0
+    take_step(copied, copied_model)
+    copied.remove()
+    assert isinstance(copied_model.patch_drop, nn.Identity) and not isinstance(model.patch_drop, nn.Identity)
+
+
+def test_what_is_printed():
+    assert repr(make(vit())) == "AugSub(masking, ratio=0.5, token drop)"
+    assert repr(AugSub(vit(), "none")) == "AugSub(none)"
+
+
 @pytest.mark.parametrize("make_optimizer", [
     lambda m: torch.optim.SGD(m.parameters(), 0.1), lambda m: create_optimizer_v2(m, "adamw", 0.1),
     lambda m: torch.optim.SGD(m.patch_embed.parameters(), 0.1),
@@ -170,6 +283,10 @@ def test_an_average_made_before_the_mask_token_is_refused(average):
     ema = average(model)
     take_step(augsub, model)
     assert "mask_token" in ema.module.state_dict()
+    ema = average(nn.Sequential(inner := swin()))
+    augsub = make(inner)
+    with pytest.raises(ValueError, match="EMA: its average of the model lacks the mask token mask_token; make it"):
+        losses(augsub, inner)
 
 
 def test_an_average_of_another_model_is_no_mistake():
@@ -190,7 +307,7 @@ def test_a_step_that_was_not_finished_is_told_and_the_model_restored():
     unfinished = losses(augsub, model)
     (next(unfinished) + next(unfinished)).backward()
     assert model.patch_drop.prob == 0.5
-    with pytest.raises(ValueError, match="losses: the step before was not finished, so that the model was still its"):
+    with pytest.raises(ValueError, match="losses: the step before was not finished and the model was still its"):
         losses(augsub, model)
     assert model.patch_drop.prob == 0
     take_step(augsub, model)

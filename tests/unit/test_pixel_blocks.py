@@ -140,7 +140,7 @@ def test_naflexvit_compiles_into_two_graphs_and_no_more():
 def test_without_padding_naflexvit_drops_as_timm_does():
     x = torch.randn(3, 12, 4)
     ours, timms = NaFlexTokenDrop(0.4, num_prefix_tokens=2), PatchDropoutWithIndices(0.4, num_prefix_tokens=2)
-    ours.valid = torch.ones(3, 10, dtype=torch.bool)
+    ours.set_valid(torch.ones(3, 10, dtype=torch.bool))
     torch.manual_seed(1)
     got = ours(x)
     torch.manual_seed(1)
@@ -152,6 +152,7 @@ def test_without_padding_naflexvit_drops_as_timm_does():
 def test_each_image_keeps_its_share_of_valid_patches(ratio):
     layer = NaFlexTokenDrop(ratio, num_prefix_tokens=0)
     counts = torch.arange(1, 14)
-    valid = layer.valid = torch.arange(13) < counts[:, None]
+    valid = torch.arange(13) < counts[:, None]
+    layer.set_valid(valid)
     _, kept = layer(torch.randn(13, 13, 4))
     assert valid.gather(1, kept).sum(1).tolist() == [max(1, int(n * (1 - ratio))) for n in counts.tolist()]
