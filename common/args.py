@@ -11,6 +11,7 @@ from typing import Any
 from common.flag_types import (
     DATA_SETS,
     DIGITS,
+    EMBEDDED,
     MODEL_SOURCES,
     above_zero_to_one,
     augmentation_policy,
@@ -75,8 +76,9 @@ def parse(recipe: Recipe[Args], argv: Sequence[str] | None = None) -> Args:
     """Read the settings of a run. Each source overrides those before it: common defaults, the recipe's, a variant's,
     configuration files, the command line.
 
-    Without `--data-path` and `--data-set` the data set is the embedded digits. On the digits and without a variant, the
-    recipe's settings for the digits take the variant's place, and the output folder is named after the settings.
+    Without `--data-path` and `--data-set` the data set is the embedded digits. On those and on MNIST5K, without a
+    variant, the recipe's settings for the digits take the variant's place, and the output folder is named after the
+    settings.
 
     Exits with status 2 and one sentence on bad input.
     """
@@ -88,7 +90,7 @@ def parse(recipe: Recipe[Args], argv: Sequence[str] | None = None) -> Args:
         config = recipe.read_config(given)
         data = choose_data(given, config)
         model = choose_model(parser, recipe, argv, given, config)
-        if data["data_set"] == DIGITS:
+        if data["data_set"] in EMBEDDED:
             digits = {name: value for name, value in recipe.digits.items() if not model or name not in PREPROCESSING}
             variant = {**(digits if given.variant is None else variant), "output_dir": None}
         # a row of the tables has the recipe's size and crop
@@ -147,9 +149,9 @@ def choose_model(
 
 
 def name_digits_folder(parser: argparse.ArgumentParser, args: TrainArgs) -> str:
-    """Return the output folder of a run on the digits: output/, named by recipe, drop and settings that differ from
-    the defaults."""
-    parts = [f"{args.recipe}_digits_{args.augsub}"]
+    """Return the output folder of a run on an embedded data set: output/, named by recipe, data, drop and settings that
+    differ from the defaults."""
+    parts = [f"{args.recipe}_{args.data_set.lower()}_{args.augsub}"]
     for name, value in vars(args).items():
         default = parser.get_default(name)
         if name not in RESUME_MAY_CHANGE | {"augsub", "recipe"} and value != default and default != []:

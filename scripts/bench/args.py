@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.args import DIGITS, KINDS, parse
+from common.args import EMBEDDED, KINDS, parse
 from common.flag_types import csv, nonempty_path, positive_int, positive_ints
 from common.parser import Parser, format_flag, normalize_flag
 from common.recipe import Recipe, check_fast_input
@@ -19,7 +19,7 @@ from scripts.launch.paper_tables import SHORT
 
 COMMANDS = ("step", "data", "end-to-end", "save", "growth")
 VARIANTS = {"deit": "small_400", "mae": "base_100", "swin": "tiny", "resnet_rsb": "resnet50"}  # measured by `data`
-PIXEL_DATA_SETS = (DIGITS, "CIFAR10", "CIFAR")  # without encoded files
+PIXEL_DATA_SETS = (*EMBEDDED, "CIFAR10", "CIFAR")  # without encoded files
 NO_PATH = "unseen"  # stands for a --data-path that is not given
 # settings where no flag says otherwise, also over a variant's. In `growth` a batch may be one image, which cannot be
 # mixed with another, and a process has one core in all sweeps
@@ -112,7 +112,7 @@ def check_args(command: str, args: BenchArgs) -> None:
     """
     if command == "data" and args.data_set in PIXEL_DATA_SETS:
         raise ValueError(f"--data-set {args.data_set}: holds no files to decode; choose IMNET or wds/photographs")
-    made = args.data_set in ("IMNET", DIGITS) or args.data_set.startswith("wds/")
+    made = args.data_set in ("IMNET", *EMBEDDED) or args.data_set.startswith("wds/")
     if command in ("data", "end-to-end") and args.data_path == NO_PATH and not made:
         raise ValueError(
             f"--data-set {args.data_set}: needs --data-path; photographs are made only for IMNET and wds/photographs"

@@ -17,7 +17,7 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.args import DIGITS
+from common.args import EMBEDDED
 from common.data_config import resolve_preprocessing
 from common.distributed import Process
 from common.engine import Batch
@@ -47,7 +47,7 @@ def prepare_modes(command: str, recipe: Recipe, flags: Sequence[str], data_path:
         modes += [Mode(f"reference {mode.name}", mode.kind, True, mode.args) for mode in published]
     for mode in modes:
         if mode.args.nb_classes is None:
-            mode.args.nb_classes = 10 if mode.args.data_set == DIGITS else 1000
+            mode.args.nb_classes = 10 if mode.args.data_set in EMBEDDED else 1000
         mode.args = resolve_preprocessing(recipe, mode.args)
         mode.args.steps = mode.args.steps or (10 if device.type == "cuda" else 1)
         check_targets(mode.args, mode.args.nb_classes)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.args import DIGITS
+from common.args import EMBEDDED
 from common.checkpoint.state import as_json
 from common.data.bad_samples import BadSampleCounter
 from common.data.datasets import ImageStream, open_dataset
@@ -157,7 +157,7 @@ def measure_training(recipe: Recipe, flags: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         modes = prepare_modes("end-to-end", recipe, flags, folder)
         args = modes[0].args
-        if args.data_path == folder and args.data_set != DIGITS:
+        if args.data_path == folder and args.data_set not in EMBEDDED:
             make_data(args, args.images)
         with init_distributed(args.device) as process:
             trainings = [prepare_training(recipe, mode, process, args.images) for mode in modes]

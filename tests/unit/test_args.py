@@ -53,6 +53,7 @@ def test_the_digits_settings_take_the_variants_place():
     assert parse(LEVELS, ["--cutmix", "5"]).cutmix == 5.0
     assert parse(LEVELS, DATA).reprob == 0.1
     assert parse(LEVELS, ["--data-set", "DIGITS", "--variant", "row"]).cutmix == 2.0
+    assert parse(LEVELS, ["--data-set", "MNIST5K"]).cutmix == 3.0
 
 
 def test_a_row_of_the_table_gives_way_to_the_command_line():
@@ -125,6 +126,7 @@ def test_runs_on_the_digits_that_differ_have_folders_that_differ():
     folder = lambda *flags: parse(RECIPE, list(flags)).output_dir  # noqa: E731
     assert folder("--augsub", "masking") == "output/deit_digits_masking"
     assert folder("--epochs", "3") == "output/deit_digits_none_epochs-3"
+    assert folder("--data-set", "MNIST5K") == "output/deit_mnist5k_none"
     assert folder("--finetune", "a/b.pth").count("/") == 1
     assert folder("--num-workers", "3") == folder(), "what does not make another run makes no other folder"
     assert folder("--output-dir", "mine", "--epochs", "3") == "mine"
@@ -168,7 +170,7 @@ REFUSED = [
     (["--variant", "small_400"], "--variant small_400: trains on ImageNet; pass its folder as --data-path"),
     (["--data-set", "IMNT"], "argument --data-set: 'IMNT': unknown data set; did you mean IMNET?"),
     (["--data-set", "digits"], "argument --data-set: 'digits': unknown data set; did you mean DIGITS?"),
-    (["--data-set", "svhn"], "argument --data-set: 'svhn': unknown data set; use IMNET, CIFAR10, CIFAR, INAT, INAT19, DIGITS or a timm name"),
+    (["--data-set", "svhn"], "argument --data-set: 'svhn': unknown data set; use IMNET, CIFAR10, CIFAR, INAT, INAT19, DIGITS, MNIST5K or a timm name"),
     (["--data-set", "CIFAR"], "--data-set CIFAR: needs --data-path"),
     (["--teacher-model", "regnety_160"], "--teacher-model: distillation is not supported"),
     (["--teacher-path=t.pth"], "--teacher-path: distillation is not supported"),

