@@ -46,7 +46,7 @@ PREPROCESSING: tuple[str, ...] = ("input_size", "mean", "std", "interpolation", 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic"}
 
 # settings of a run from before they were saved
-SETTINGS_OF_OLD_RUNS = IMAGENET | {"class_order": "string", "model_ema_warmup": False}
+SETTINGS_OF_OLD_RUNS = IMAGENET | {"class_order": "string", "model_ema_warmup": False, "cosub": False}
 SETTINGS_OF_OLD_RUNS |= dict.fromkeys(("input_key", "target_key"))
 
 # settings that all code reads, for recipes without a flag for them

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.augsub import AugSub
+from common.cosub import CoSub
 from common.distributed import Process
 from common.masking import PixelMask, TokenMask, count_blocks
 from common.train_args import TrainArgs
@@ -64,13 +65,13 @@ def check_input_size(model: nn.Module, args: TrainArgs, device: torch.device) ->
         model.train(training)
 
 
-def check_mask(augsub: AugSub, model: nn.Module, args: TrainArgs) -> None:
+def check_mask(augsub: AugSub | CoSub, model: nn.Module, args: TrainArgs) -> None:
     """Refuse a mask that would hide nothing, since at least one block or token always stays.
 
     Raises:
         ValueError: names the flag and a value that works.
     """
-    if args.augsub != "masking" or not args.augsub_ratio:
+    if not isinstance(augsub, AugSub) or augsub.kind != "masking" or not args.augsub_ratio:
         return
     size = args.input_size
     if augsub.drop in (TokenMask.name, PixelMask.name) and args.augsub_block >= size:

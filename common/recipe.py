@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from common.augsub import AugSub
+    from common.cosub import CoSub
     from common.optim import SetLR
 
 Settings = Mapping[str, Any]
@@ -141,6 +143,12 @@ class Recipe(Generic[Args]):
         from common.models import create_timm_model
 
         return create_timm_model(args, classes)
+
+    def create_augsub(self, model: nn.Module, args: Args) -> AugSub | CoSub:
+        """Prepare the model for the drop of its sub-model."""
+        from common.augsub import AugSub
+
+        return AugSub(model, args.augsub, args.augsub_ratio, block=args.augsub_block, batch_norm=args.augsub_bn)
 
     def hub_architecture(self, args: Args) -> tuple[str, dict[str, Any]] | None:
         """Return the name in timm of a model that the recipe builds itself, and the arguments that give its shape.

@@ -22,6 +22,7 @@ from common.checkpoint.class_names import check_class_names, describe_other_clas
 from common.checkpoint.report import check_complete
 from common.checkpoint.sources import WeightsSource
 from common.checkpoint.weights import AdaptWeights, InitialWeights, load_weights
+from common.cosub import CoSub
 from common.data.fast.ops import DeviceAugment
 from common.data.transforms import create_augment
 from common.data_config import augment_config, create_mixup
@@ -60,7 +61,7 @@ class Trainer:
     process: Process
     model: nn.Module
     raw_model: nn.Module
-    augsub: AugSub
+    augsub: AugSub | CoSub
     criterion: Criterion
     optimizer: torch.optim.Optimizer
     set_lr: SetLR
@@ -207,7 +208,7 @@ def build_trainer(
         if process.device.type != "cuda":
             raise ValueError("--sync-bn: PyTorch has no synchronized batch norm on the CPU; use --device cuda")
         model = convert_sync_batchnorm(model)
-    augsub = AugSub(model, args.augsub, args.augsub_ratio, block=args.augsub_block, batch_norm=args.augsub_bn)
+    augsub = recipe.create_augsub(model, args)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(process.device).to(memory_format=memory_format)
     dtype = autocast_dtype(args.amp, process.device)

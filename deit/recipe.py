@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from common.recipe import Recipe
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from common.augsub import AugSub
+    from common.cosub import CoSub
     from common.optim import SetLR
 
 # The paper's settings. A row of the table adds a model, its regularisation and its batch.
@@ -106,6 +109,7 @@ class DeiTArgs(TrainArgs):
     ThreeAugment: bool
     unscale_lr: bool
     attn_only: bool
+    cosub: bool
 
 
 class DeiT(Recipe[DeiTArgs]):
@@ -124,6 +128,7 @@ class DeiT(Recipe[DeiTArgs]):
         add("--unscale-lr", action=switch, default=False, help="use --lr as it is; else it is for 512 images a step")
         add("--train-mode", action=switch, default=True, help="train with drops and in training mode")
         add("--attn-only", action=switch, default=False, help="train attention, position embedding and head only")
+        add("--cosub", action=switch, default=False, help="train two sub-models with each other, at twice the cost")
         for name in ("teacher-model", "teacher-path", "distillation-type", "distillation-alpha", "distillation-tau"):
             parser.add_argument(
                 f"--{name}", action=RefuseDistillation, default=argparse.SUPPRESS, help=argparse.SUPPRESS
@@ -139,6 +144,13 @@ class DeiT(Recipe[DeiTArgs]):
         super().check_args(args)
         if args.augsub != "none" and not args.train_mode:
             raise ValueError(f"--augsub {args.augsub}: needs --train-mode, since drops act in training mode only")
+        if not args.cosub:
+            return
+        if args.augsub != "none":
+            raise ValueError("--cosub: trains sub-models of its own; leave --augsub out")
+        if not args.drop_path or not args.train_mode:
+            flag = "--drop-path above 0" if args.train_mode else "--train-mode"
+            raise ValueError(f"--cosub: its sub-models differ by their stochastic depth alone; pass {flag}")
 
     def create_model(self, args: DeiTArgs, classes: int) -> nn.Module:
         from deit.models import train_attention_only
@@ -147,6 +159,14 @@ class DeiT(Recipe[DeiTArgs]):
         if args.attn_only:
             train_attention_only(model)
         return model
+
+    def create_augsub(self, model: nn.Module, args: DeiTArgs) -> AugSub | CoSub:
+        from common.cosub import CoSub
+
+        return CoSub(model) if args.cosub else super().create_augsub(model, args)
+
+    def loss(self, args: DeiTArgs, mixed: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        return super().loss(args.replace(bce_loss=True) if args.cosub else args, mixed)
 
     def hub_architecture(self, args: DeiTArgs) -> tuple[str, dict[str, Any]] | None:
         from deit.models import hub_architecture
