@@ -31,7 +31,7 @@ ENTRIES = {
     "swin": "swin/main.py",
     "resnet_rsb": "resnet_rsb/train.py",
 }
-SCRIPTS = ("benchmark", "collect", "export", "predict", "reproduce", "submit")
+SCRIPTS = ("benchmark", "collect", "export", "predict", "reproduce", "show", "submit")
 # two steps, of which the first is saved; all that is not needed for a small run is left at the recipe's default
 FLAGS = (
     "--epochs 1 --warmup-epochs 0 --batch-size 8 --save-every 1 --log-interval 1 --num-workers 0 --amp off "
