@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -30,10 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from . import step_checks
-from .criteria import CHOICES, Criterion, SubCriterion, Target, logits_of, sub_criterion
+from .criteria import CHOICES, Criterion, SubCriterion, Target, compute_loss, logits_of, sub_criterion, widen
 from .drops import KINDS, InstalledDrop, Switch, install_drop
 from .masking import BLOCK
 
+_live: weakref.WeakSet[AugSub] = weakref.WeakSet()  # those that were not removed
 NoSync = Callable[[], AbstractContextManager]
 
 
@@ -106,7 +108,9 @@ class AugSub:
         self.model, self.kind, self.ratio, self.target, self.logits = model, kind, ratio, target, logits
         self.installed = InstalledDrop("plain", [], [])
         if kind != "none":
-            step_checks.check_not_compiled(model)
+            for other in step_checks.find_related(model, _live):
+                if other.kind == kind:  # two would act in the same layers
+                    other.remove()
             self.installed = install_drop(model, kind, ratio, block, tokens=tokens, prefix=prefix, patches=patches)
         token = self.installed.mask_token
         if token is not None:  # it trains where anything does
@@ -119,10 +123,16 @@ class AugSub:
         if batch_norm == "main":
             norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
             self.switches += [Switch(m, "track_running_stats", False) for m in norms if m.track_running_stats]
-        self._removed = False
-        self._reached = kind == "none" or ratio == 0  # whether a forward pass has been seen to call the drop's layers
         self._checked: set[int] = set()  # ids of the models of steps so far
+        self._removed, self._calls_checked = False, not self._acting  # the calls of the first step
+        self._watch: list[Any] = []  # hooks of the first `step` that notice activation checkpointing
         self._open_step: Generator[_Pass] | None = None  # the passes of a step that has begun and not ended
+        try:
+            step_checks.check_not_compiled(self._acting)
+        except ValueError:
+            self.remove()
+            raise
+        _live.add(self)
 
     def __repr__(self) -> str:
         return "AugSub(none)" if self.kind == "none" else f"AugSub({self.kind}, ratio={self.ratio}, {self.drop})"
@@ -130,7 +140,8 @@ class AugSub:
     def __deepcopy__(self, memo: dict[int, Any]) -> AugSub:
         """Copy it with its model, as an object that holds both is copied."""
         twin = memo[id(self)] = object.__new__(type(self))
-        vars(twin).update(copy.deepcopy({**vars(self), "_open_step": None, "_checked": set()}, memo))
+        vars(twin).update(copy.deepcopy({**vars(self), "_open_step": None, "_checked": set(), "_watch": []}, memo))
+        _live.add(twin)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -194,7 +205,7 @@ class AugSub:
             no_sync: gives a context in which gradients are not reduced; the model's own where it is None.
 
         Yields:
-            scalars in float32, also under autocast: `weight` * l.
+            scalars in float32, or float64 for a model in it, also under autocast: `weight` * l.
 
         Raises:
             ValueError: a criterion without a known target, a model in eval mode, or a mistake that
@@ -215,7 +226,10 @@ class AugSub:
     ) -> StepResult:
         """Return both losses as one, for a trainer that calls `backward()` once; arguments and errors of `losses`."""
         step_checks.check_recomputation(self.model, self.kind)
+        first = not self._calls_checked
         main, *subs = self._start_step(model, x, y, criterion, sync, no_sync)
+        if first and not step_checks.is_compiled(model):
+            self._watch = step_checks.refuse_calls_in_backward(self._acting)
         loss = sum((self.weight * each.loss for each in subs), self.weight * main.loss)
         sub_loss = subs[0].loss.detach() if subs else None
         return StepResult(loss, main.loss.detach(), sub_loss, main.logits.detach())
@@ -223,9 +237,12 @@ class AugSub:
     def remove(self) -> None:
         """Give the model back as it was, without drop layers, hooks and mask token."""
         self._close_step()
+        if self._removed:
+            return
         for undo in reversed(self.installed.undo):
             undo()
         self._removed = True
+        _live.discard(self)
 
     def plain_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Return a model's state dict without the mask token and the prefixes of DDP and compile.
@@ -245,7 +262,7 @@ class AugSub:
         return {name.replace("_orig_mod.", ""): value for name, value in state.items()}
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that AugSub added to its model, none of which is to decay."""
+        """Return the names of the parameters that AugSub added, none of which is to decay."""
         return {name for name, _ in self.model.named_parameters() if name in self._token_names}
 
     def _start_step(
@@ -259,6 +276,8 @@ class AugSub:
     ) -> Iterator[_Pass]:
         """Begin a step, where nothing has been computed yet."""
         self._refuse_open_step()
+        for handle in self._watch:
+            handle.remove()
         soft = self.check_step(model, criterion)
         if no_sync is None:  # a DDP with a static graph has to reduce in its first backward
             no_sync = nullcontext if getattr(model, "static_graph", False) else getattr(model, "no_sync", nullcontext)
@@ -267,9 +286,9 @@ class AugSub:
     def check_step(
         self, model: nn.Module, criterion: Criterion
     ) -> tuple[SubCriterion, Callable[[Tensor], Tensor]] | None:
-        """Check what a step is made of → `sub_criterion`, or None for kind "none"; errors of `losses`."""
+        """Check what a step is made of → `sub_criterion`, None for kind "none"; errors of `losses`."""
         if self._removed:
-            raise ValueError("AugSub: was removed from its model; make a new one")
+            raise ValueError("AugSub: was removed from its model, or replaced by a newer one; make a new one")
         if self.kind == "none":
             return None
         soft = sub_criterion(criterion, self.target)
@@ -326,29 +345,30 @@ class AugSub:
             with self.first_call_checked(model):
                 output = _call(model, x)
             logits = self.logits(output)
-            yield _Pass(_float32(criterion, logits, y), logits)
+            yield _Pass(compute_loss(criterion, logits, y), logits)
         if soft is None:
             return
         soft_criterion, to_target = soft
-        target = to_target(logits.detach().float())
+        target = to_target(widen(logits.detach()))
         # the rates stay switched during backward too, so activation checkpointing recomputes the sub-model
         with nullcontext() if sync else no_sync(), self.sub_model():
-            logits = self.logits(_call(model, x))
-            yield _Pass(_float32(soft_criterion, logits, target, y), logits)
+            try:
+                output = _call(model, x)
+            except Exception as error:
+                error.add_note(f"AugSub: this is the sub-model's pass ({self.drop}); the main model's had no error")
+                raise
+            logits = self.logits(output)
+            yield _Pass(compute_loss(soft_criterion, logits, target, y), logits)
 
     @contextmanager
     def first_call_checked(self, model: nn.Module) -> Iterator[None]:
-        """Check of the first call inside that it reaches the drop; a compiled model hides its calls.
-
-        Raises:
-            ValueError: the model's forward calls no layer that the drop acts in.
-        """
-        if self._reached or step_checks.is_compiled(model):
+        """Warn where the first call inside reaches no layer that the drop acts in; a compiled model hides its calls."""
+        if self._calls_checked or step_checks.is_compiled(model):
             yield
             return
         with step_checks.calls_checked(self.model, self.installed.switches):
             yield
-        self._reached = True
+        self._calls_checked = True
 
     def _keep_token_in_graph(self, model: nn.Module) -> None:
         """Let the main pass use the mask token, with weight 0, where a DDP might reduce in this pass's backward.
@@ -372,12 +392,6 @@ def _call(model: nn.Module, x: Any) -> Any:
         is_naflex = {"patches", "patch_coord"} <= x.keys()  # timm's NaFlexViT takes its mapping as one argument
         return model(x) if is_naflex else model(**x)
     return model(*x) if isinstance(x, tuple) else model(x)
-
-
-def _float32(criterion: Callable[..., Tensor], logits: Tensor, *targets: Any) -> Tensor:
-    """Compute the criterion outside autocast."""
-    with torch.autocast(logits.device.type, enabled=False):
-        return criterion(logits.float(), *targets)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -97,6 +98,17 @@ def criterion_name(criterion: Criterion) -> str:
     return f"{(getattr(function, '__module__', None) or '').partition('.')[0]}.{name}"
 
 
+def compute_loss(criterion: Callable[..., Tensor], logits: Tensor, *targets: Any) -> Tensor:
+    """Compute the criterion outside autocast, in float32 or wider."""
+    with torch.autocast(logits.device.type, enabled=False):
+        return criterion(widen(logits), *targets)
+
+
+def widen(logits: Tensor) -> Tensor:
+    """Return logits in float32; those in float64 stay."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def sub_criterion(criterion: Criterion, target: Target = "auto") -> tuple[SubCriterion, Callable[[Tensor], Tensor]]:
     """Return the sub-model's loss, and the function from the main model's logits to its targets.
 
@@ -108,6 +120,7 @@ def sub_criterion(criterion: Criterion, target: Target = "auto") -> tuple[SubCri
     Raises:
         ValueError: "auto", and the criterion is not in the table.
     """
+    criterion = getattr(criterion, "_orig_mod", criterion)  # what torch.compile wraps
     name = criterion_name(criterion)
     if target == "auto":
         if name in REFUSED:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from timm.layers import DropPath
 from torch import nn
 
 from . import foreign
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-NOT_IN_BLOCKS = re.compile(
-    r".*\b(\w*head\w*|aux\w*|\w*classifier\w*|fc\d*|\w*pool\w*|pre_logits|\w*embed\w*|pos_\w+|\w*rel_pos\w*|"
-    r"\w*position\w*|cpb\w*|attn_drop\w*|attention_drop\w*|\w*drop_path\w*)\b.*"
+# names of modules, beside the list of a model's blocks or anywhere, whose dropout is not that of blocks
+BESIDE_BLOCKS = re.compile(
+    r".*\b((\w+_)?heads?(_\w+)?|aux\w*|\w*classifier\w*|fc\d*|(\w+_)?(attn)?pool(er|ing)?\d*|pre_logits|"
+    r"(\w+_)?embed(der|dings?)?(_drop\w*)?)\b.*"
+)
+NOT_OF_BLOCKS = re.compile(
+    r".*\b(pos_\w+|\w*rel_pos\w*|\w*position\w*|cpb\w*|attn_drop\w*|attention_drop\w*|\w*drop_path\w*)\b.*"
 )
 
 
@@ -23,7 +29,7 @@ def find_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     Not those of attention weights, positions, pooling or the head.
     """
     places: list[tuple[nn.Module, str]] = []
-    reached: set[nn.Module] = set()
+    reached = {module for each in _timm_models(model) for module in each.modules()}
     for root, timm_names in _parts(model):
         places += _timm_dropouts(root) if timm_names else _other_dropouts(root)
         reached.update(root.modules())
@@ -34,6 +40,8 @@ def find_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
 def _parts(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     """List the timm models in a model, or itself where there are none; and whether timm's names hold there."""
     inside = list(_timm_models(model))
+    trained = [module for module in inside if any(p.requires_grad for p in module.parameters())]
+    inside = trained or inside  # a frozen one beside others is a teacher
     return [(module, True) for module in inside] or [(model, False)]
 
 
@@ -65,7 +73,7 @@ def _other_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
         weights = "Attention" in type(parent).__name__ and name.endswith((".dropout", ".drop"))
         parents = (names[name[: dot.start()]] for dot in re.finditer(r"\.", name))
         in_blocks = any(isinstance(parent, CONTAINERS) for parent in parents)
-        elsewhere = NOT_IN_BLOCKS.fullmatch(name) or weights or id(module) in inputs or not in_blocks
+        elsewhere = _is_beside_blocks(name) or weights or id(module) in inputs or not in_blocks
         if isinstance(module, nn.Dropout) and not elsewhere:
             places.append((module, "p"))
         if rate := foreign.find_place(foreign.DROPOUT_RATES, module):
@@ -74,10 +82,39 @@ def _other_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return places
 
 
+def _is_beside_blocks(name: str) -> bool:
+    beside, _, _ = re.sub(r"(^|\.)\d+(\.|$)", "/", name, count=1).partition("/")  # before the number of a block
+    return bool(BESIDE_BLOCKS.fullmatch(beside) or NOT_OF_BLOCKS.fullmatch(name))
+
+
+def check_rate_acts(layer: Any, name: str) -> None:
+    """Try whether a layer of unknown code drops as often as its rate says after it was set.
+
+    Raises:
+        ValueError: it does not, as where it keeps another number that it made of the rate.
+    """
+    attribute, package = str(foreign.drop_path_rate(layer)), type(layer).__module__.partition(".")[0]
+    if package in ("timm", "torchvision", "transformers"):
+        return
+    rate, training = getattr(layer, attribute), layer.training
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            setattr(layer, attribute, 0.5)
+            dropped = (layer.train()(torch.ones(256, 1)) == 0).float().mean().item()
+        finally:
+            setattr(layer, attribute, rate)
+            layer.train(training)
+    if not 0.25 < dropped < 0.75:
+        raise ValueError(
+            f"--augsub droppath: {name} does not follow its {attribute}, so the sub-model cannot be made of it; let "
+            "its forward read the rate, or use masking"
+        )
+
+
 def find_drop_paths(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Find where residual branches have their stochastic depth, or a placeholder for it: (block, attribute)."""
     places = []
-    reached: set[nn.Module] = set()
+    reached = {module for each in _timm_models(model) for module in each.modules()}
     for root, timm_names in _parts(model):
         names = {} if timm_names else _drop_path_names_of_classes(root)
         in_root = [(block, name) for block in root.modules() for name in _drop_path_names(block, timm_names, names)]
@@ -105,7 +142,8 @@ def _drop_path_names(block: nn.Module, timm_names: bool, names_of_classes: dict[
     pattern = re.compile(r"(\w+_)?drop_path\d*") if timm_names else foreign.DROP_PATH_NAMES
     own = names_of_classes.get(type(block), set())
     names: list[str] = []
-    if getattr(block, "has_skip", True) is False:  # timm's; without a residual branch the layer is never called
+    of_timm = type(block).__module__.startswith("timm.")
+    if of_timm and getattr(block, "has_skip", True) is False:  # without a residual branch the layer is never called
         return names
     for name, layer in (vars(block) | block._modules).items():
         if layer is None or isinstance(layer, (DropPath, nn.Identity)):
@@ -132,7 +170,7 @@ def _check_no_dropout_outside(model: nn.Module, reached: set[nn.Module]) -> None
     """
     names = dict(model.named_modules())
     for name, module in names.items():
-        if not isinstance(module, nn.Dropout) or module in reached or NOT_IN_BLOCKS.fullmatch(name):
+        if not isinstance(module, nn.Dropout) or module in reached or _is_beside_blocks(name):
             continue
         parents = [names[name[: dot.start()]] for dot in re.finditer(r"\.", name)]
         in_list = (isinstance(outer, CONTAINERS) for outer in [model, *parents])

@@ -21,7 +21,7 @@ from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices
 from torch import nn
 
 from . import foreign
-from .drop_layers import find_drop_paths, find_dropouts
+from .drop_layers import check_rate_acts, find_drop_paths, find_dropouts
 from .masking import BLOCK, EmbeddingMask, PixelMask, TokenMask, patch_embedding
 from .token_drop import NaFlexTokenDrop, NaFlexValid, TokenDrop
 
@@ -119,7 +119,8 @@ def install_drop(
 
 
 def _restore(module: nn.Module, name: str, value: Any) -> None:
-    delattr(module, name)
+    if not (isinstance(value, nn.Module) and name in module._modules):  # else it keeps its place among the others
+        delattr(module, name)
     setattr(module, name, value)
 
 
@@ -295,6 +296,7 @@ def _install_drop_paths(model: nn.Module, ratio: float) -> tuple[list[Switch], l
             setattr(block, name, DropPath(0.0).train(block.training))
             undo.append(partial(_restore, block, name, placeholder))
         layer = getattr(block, name)
+        check_rate_acts(layer, f"{type(block).__name__}.{name}")
         switches.append(Switch(layer, str(foreign.drop_path_rate(layer)), ratio))
     return switches, undo
 

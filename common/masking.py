@@ -107,7 +107,7 @@ class BlockMask(Mask):
         if self.ratio and not hidden:
             raise ValueError(
                 f"a ratio of {self.ratio} of {blocks} blocks of {block[0]} x {block[1]} in a grid of {grid[0]} x "
-                f"{grid[1]}: nothing can be hidden"
+                f"{grid[1]}: nothing can be hidden; pass a smaller block= than {self.block} pixels, or a higher ratio"
             )
         return block_mask(batch, grid, block, hidden, device)
 

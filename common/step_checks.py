@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .drops import Switch
 
@@ -44,6 +46,12 @@ def check_bare(model: nn.Module) -> None:
         raise ValueError("model: is sharded by FSDP already; make AugSub from the bare model, before FSDP shards it")
 
 
+def find_related(model: nn.Module, others: Iterable[Any]) -> list[Any]:
+    """List those of several AugSubs whose model contains this one, or is in it."""
+    inside = set(model.modules())
+    return [other for other in list(others) if other.model in inside or model in set(other.model.modules())]
+
+
 def is_compiled(model: Any) -> bool:
     """Return whether torch.compile has, or will, put a graph in the place of a model's calls or of some of them."""
     if any(hasattr(wrapper, "_orig_mod") for wrapper in _unwrap_stepwise(model)):
@@ -55,21 +63,23 @@ def _compiles_itself(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
-def check_not_compiled(model: nn.Module) -> None:
-    """Refuse a model that is compiled, which would go on with the graphs that it has, without the drop.
+def check_not_compiled(acting: list[nn.Module]) -> None:
+    """Refuse a drop in layers that are compiled already: their graphs would go on without it.
 
     Raises:
-        ValueError: it, a part of it or what contains it is compiled.
+        ValueError: the model, a part of it or what contains it is compiled, with a layer of the drop inside.
     """
-    modules = set(model.modules())
-    compiled = any(_compiles_itself(module) for module in modules)
-    if compiled or (_is_in_compiled_model(modules) and gc.collect() >= 0 and _is_in_compiled_model(modules)):
-        raise ValueError("model: is compiled already; make AugSub before torch.compile or model.compile()")
+    if _are_compiled(acting) and gc.collect() >= 0 and _are_compiled(acting):
+        raise ValueError(
+            "model: is compiled already and would go on without the drop; make AugSub before torch.compile, or delete "
+            "the compiled model before AugSub"
+        )
 
 
-def _is_in_compiled_model(modules: set[nn.Module]) -> bool:
-    compiled = [o for o in gc.get_objects() if type(o).__name__ == "OptimizedModule"]
-    return any(not modules.isdisjoint(model.modules()) for model in compiled)
+def _are_compiled(acting: list[nn.Module]) -> bool:
+    objects = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+    compiled = [o for o in objects if vars(o).get("_compiled_call_impl") is not None or "_orig_mod" in o._modules]
+    return any(not set(acting).isdisjoint(module.modules()) for module in compiled)
 
 
 def find_acting_modules(model: nn.Module, switches: Iterable[Switch]) -> list[nn.Module]:
@@ -92,10 +102,9 @@ def _belongs_to(hook: Any, drops: list[Any]) -> bool:
 
 @contextmanager
 def calls_checked(model: nn.Module, switches: Iterable[Switch]) -> Iterator[None]:
-    """Check that the model is called inside, and its drop with it.
+    """Warn where the model is called inside and none of the drop's layers is: the sub-model is the main model then.
 
-    Raises:
-        ValueError: none of the drop's layers was called, so that the sub-model is the main model.
+    A warning, since a layer may be left out of one step by chance, or its rate be read where it is not called.
     """
     drops = [switch.module for switch in switches]
     layers = [drop for drop in drops if isinstance(drop, nn.Module)]  # a model with a rate of its own has layers in it
@@ -108,11 +117,26 @@ def calls_checked(model: nn.Module, switches: Iterable[Switch]) -> Iterator[None
         for handle in handles:
             handle.remove()
     if watched and not called:
-        names = sorted({type(module).__name__ for module in watched})
-        raise ValueError(
-            f"model: its forward pass calls no layer that makes the sub-model ({', '.join(names)}); use another kind "
-            "of drop, or for masking name a module that it calls as tokens= or patches="
+        names = ", ".join(sorted({type(module).__name__ for module in watched}))
+        warnings.warn(
+            f"AugSub: the first forward pass called no layer that makes the sub-model ({names}), which may be the main "
+            "model; use another kind of drop, or for masking name a module that is called as tokens= or patches=",
+            stacklevel=8,
         )
+
+
+def refuse_calls_in_backward(acting: list[nn.Module]) -> list[RemovableHandle]:
+    """Have layers of the drop raise a ValueError where they are called in a backward pass: activation checkpointing
+    recomputes the sub pass there, after its rates were restored."""
+
+    def refuse(*_: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                "step: activation checkpointing recomputes the sub-model without its drop; call backward() on each of "
+                "losses(), or turn checkpointing off"
+            )
+
+    return [module.register_forward_pre_hook(refuse) for module in acting]
 
 
 def check_mode(acting: list[nn.Module]) -> None:

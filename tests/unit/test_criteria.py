@@ -15,7 +15,7 @@ from timm import loss as timm_loss
 from torch import Tensor, nn
 
 from common.augsub import AugSub
-from common.criteria import REFUSED, TARGETS, criterion_name
+from common.criteria import REFUSED, TARGETS, criterion_name, sub_criterion
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "criteria.md"
 K = 5
@@ -273,9 +273,23 @@ def test_criteria_without_a_meaning_are_refused_with_the_reason(criterion):
         AugSub(model, "masking", block=4).losses(model, images(), INDICES, criterion)
 
 
+def test_a_compiled_criterion_is_what_it_wraps():
+    criterion, plain = torch.compile(nn.CrossEntropyLoss(label_smoothing=0.3)), nn.CrossEntropyLoss(label_smoothing=0.3)
+    got, expected = (sub_criterion(each)[0](torch.ones(2, K), SOFT[:2], INDICES[:2]) for each in (criterion, plain))
+    assert torch.equal(got, expected) and sub_criterion(criterion)[1](torch.ones(1, K))[0, 0] == 1 / K
+
+
+def test_a_model_in_float64_has_losses_in_it():
+    model = build(INDICES).double()
+    for loss in AugSub(model, "masking", block=4).losses(model, images().double(), INDICES, nn.CrossEntropyLoss(
+        weight=torch.ones(K).double())):  # fmt: skip
+        loss.backward()
+        assert loss.dtype == torch.float64
+
+
 @pytest.mark.parametrize("criterion", [
     lambda z, y: F.cross_entropy(z, y), Focal(), nn.MultiMarginLoss(), timm_loss.DistributionBalancedLoss([3] * K, 9),
-    partial(nn.CrossEntropyLoss()), torch.compile(nn.CrossEntropyLoss()),
+    partial(nn.CrossEntropyLoss()),
 ])  # fmt: skip
 @pytest.mark.parametrize("y", [INDICES, SOFT])
 def test_any_other_criterion_is_refused_whatever_its_labels(criterion, y):

@@ -260,6 +260,62 @@ def test_stochastic_depth_in_some_of_the_blocks_is_refused():
         AugSub(build("Siglip"), "droppath", 0.5)
 
 
+class CachedRate(nn.Module):
+    """Stochastic depth that keeps another number than its rate."""
+
+    def __init__(self, drop_prob: float, keep_prob: float):
+        super().__init__()
+        self.drop_prob, self.keep_prob = drop_prob, keep_prob
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(self.keep_prob) / self.keep_prob
+
+
+class CachedDropPath(CachedRate):
+    """By its name a drop path."""
+
+
+def test_stochastic_depth_that_does_not_follow_its_rate_is_refused():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    for layer in (CachedDropPath(0.0, 1.0), CachedDropPath(0.1, 0.9)):
+        with pytest.raises(ValueError, match=r"droppath: Block\.path does not follow its drop_prob, so the sub-model"):
+            AugSub(nn.Sequential(Block(layer)), "droppath", 0.5)
+        assert layer.drop_prob in (0.0, 0.1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Mlp(nn.Module):
+    """A block whose MLP has the name of a head."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.drop = nn.Dropout(0.0)
+        self.add_module(name, nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0)))
+
+
+def test_names_of_heads_in_blocks_are_no_heads():
+    for name in ("fc", "embed", "pool", "multihead"):
+        assert len(AugSub(nn.Sequential(nn.ModuleList([Mlp(name), Mlp(name)])), "dropout").switches) == 4
+    for stack in ("pooled_blocks", "embedder_layers2", "multihead"):
+        model = nn.ModuleDict({"blocks": nn.ModuleList([Mlp("a")]), stack: nn.ModuleList([Mlp("a"), Mlp("a")])})
+        assert len(AugSub(model, "dropout").switches) == 6, stack
+
+
+def test_a_frozen_teacher_in_the_model_is_left_alone():
+    model = nn.ModuleDict({"student": timm_vit(), "teacher": timm_vit().requires_grad_(False)})
+    for kind in ("dropout", "droppath"):
+        switched = {switch.module for switch in AugSub(model, kind).switches}
+        assert switched and switched <= set(model["student"].modules())
+
+
+def test_hand_written_blocks_may_have_a_flag_has_skip():
+    class WithFlag(Block):
+        has_skip = False
+
+    assert len(AugSub(nn.Sequential(WithFlag(DropPath(0.1)), WithFlag(nn.Identity())), "droppath").switches) == 2
+
+
 @pytest.mark.parametrize(("name", "suffixes"), [
     ("ViT", {"dropout"}), ("Swinv2", {"attention.output.dropout", "output.dropout"}),
     ("torchvision VisionTransformer", {"dropout", "mlp.2", "mlp.4"}),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 from common.augsub import AugSub
 
@@ -154,10 +155,22 @@ def test_a_model_that_is_compiled_already_is_refused(compile_it):
     """Its graphs were made without the drop, and a hook that comes later is not looked for."""
     model = vit()
     compiled = compile_it(model)
-    with pytest.raises(ValueError, match="model: is compiled already; make AugSub before"):
-        make(model)
+    before = str(model)
+    with pytest.raises(
+        ValueError, match="model: is compiled already and would go on without the drop; make AugSub bef"
+    ):
+        AugSub(model, "droppath", 0.5)
+    assert str(model) == before
     AugSub(model, "none")
     del compiled
+
+
+def test_a_part_that_is_compiled_is_no_mistake_where_no_drop_acts_in_it():
+    pair = nn.ModuleDict({"student": vit(), "teacher": torch.compile(vit())})
+    AugSub(pair, "masking", 0.5, tokens="student")
+    model = vit()
+    compile_a_block(model)  # tokens are dropped before it
+    AugSub(model, "masking", 0.5)
 
 
 def test_a_compiled_model_that_is_gone_is_no_mistake():
@@ -194,14 +207,16 @@ class UnusedBlock(nn.Module):
 @pytest.mark.parametrize(("kind", "options", "layer"), [
     ("masking", {"tokens": "mark"}, "Identity"), ("droppath", {}, "DropPath"), ("dropout", {}, "Dropout"),
 ])  # fmt: skip
-def test_a_drop_that_no_forward_reaches_is_refused(kind, options, layer):
+def test_a_drop_that_no_forward_reaches_is_told(kind, options, layer):
     model = Unused()
     model(images())
     augsub = AugSub(model, kind, 0.5, **options)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=rf"its forward pass calls no layer that makes the sub-model \({layer}\)"):
-            next(augsub.losses(model, images(), LABELS, F.cross_entropy))
-    assert all(p.grad is None for p in model.parameters())
+    with pytest.warns(
+        UserWarning, match=rf"the first forward pass called no layer that makes the .* \({layer}\)"
+    ) as told:
+        take_step(augsub, model)
+    assert told[0].filename == __file__
+    take_step(augsub, model)  # said once
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     assert not any(hooks)
     take_step(AugSub(model, "masking", block=8), model)
@@ -215,6 +230,59 @@ def test_calls_are_counted_in_the_first_step_alone():
     for _ in range(2):
         take_step(augsub, model)
     assert seen == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["masking", "dropout", "droppath"])
+def test_a_second_augsub_of_a_kind_takes_the_firsts_place(kind):
+    for build in (vit, swin):
+        model = build()
+        first = AugSub(model, kind, 0.5, **({"block": 8} if kind == "masking" else {}))
+        take_step(first, model)
+        second = AugSub(nn.Sequential(model), kind, 0.75) if build is vit else make(model, kind)
+        with pytest.raises(ValueError, match="AugSub: was removed from its model, or replaced"):
+            losses(first, model)
+        first.remove()
+        first.remove()
+        take_step(second, model)
+        torch.manual_seed(0)
+        with torch.no_grad(), second.sub_model():
+            masked = model(images())
+        assert not torch.equal(masked, model(images()))
+        second.remove()
+        assert str(model) == str(build())
+
+
+def test_augsubs_of_two_kinds_go_side_by_side():
+    model = vit()
+    masking, droppath = make(model), make(model, "droppath")
+    for augsub in (masking, droppath, masking):
+        take_step(augsub, model)
+    masking.remove()
+    take_step(droppath, model)
+
+
+class Checkpointed(nn.Module):
+    """A model that computes its backbone anew in backward."""
+
+    def __init__(self, backbone: nn.Module, reentrant: bool):
+        super().__init__()
+        self.backbone, self.reentrant = backbone, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.backbone, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["masking", "dropout", "droppath"])
+def test_step_refuses_recomputation_by_the_models_own_code(kind, reentrant):
+    plain = Checkpointed(vit(), reentrant)
+    augsub = make(plain, kind)
+    x = images().requires_grad_()
+    with pytest.raises(ValueError, match="step: activation checkpointing recomputes the sub-model"):
+        augsub.step(plain, x, LABELS, F.cross_entropy).loss.backward()
+    for loss in augsub.losses(plain, x, LABELS, F.cross_entropy):
+        loss.backward()
+    assert not any(module._forward_pre_hooks for module in plain.modules())
 
 
 def test_an_augsub_is_not_pickled_and_is_copied_with_its_model():

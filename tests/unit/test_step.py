@@ -214,7 +214,7 @@ def test_remove_gives_the_model_back(name, kind):
     assert describe(model) == before
     plain.load_state_dict(model.state_dict())  # batch statistics
     assert torch.equal(model(images()), plain(images()))
-    with pytest.raises(ValueError, match="AugSub: was removed from its model; make a new one"):
+    with pytest.raises(ValueError, match="AugSub: was removed from its model, or replaced"):
         augsub.losses(model, images(), LABELS, F.cross_entropy)
     two_backwards(make(model, kind), model, images())
 
