@@ -63,8 +63,9 @@ class AugSub:
     """The sub-model of a model, and the two losses of a step.
 
     Args:
-        model: the bare model; it is prepared in place (a placeholder becomes a real drop layer, a hierarchical
-            model gains a `mask_token`), so do this before making the optimizer, DDP or a compiled model.
+        model: the bare model; it is prepared in place (a placeholder becomes a real drop layer, a hierarchical model
+            gains a `mask_token`, an earlier AugSub of the kind is removed), so do this before making the optimizer,
+            DDP or a compiled model.
         kind: "masking", "dropout", "droppath", or "none" for the plain recipe.
         ratio: the drop probability p of the sub-model, in [0, 1); 0.5 throughout the paper.
         tokens: module, or its name, that gives (B, prefix + N, D) tokens, for masking to drop some of the N.
@@ -78,8 +79,7 @@ class AugSub:
             pass alone. Both passes normalise with their own batch's statistics.
 
     Raises:
-        ValueError: an unknown kind, a ratio outside [0, 1), a wrapped or compiled model, or a drop the model has no
-            place for.
+        ValueError: an unknown kind, a ratio outside [0, 1), a wrapped or compiled model, or no place for the drop.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class AugSub:
         self.model, self.kind, self.ratio, self.target, self.logits = model, kind, ratio, target, logits
         self.installed = InstalledDrop("plain", [], [])
         if kind != "none":
-            for other in step_checks.find_related(model, _live):
-                if other.kind == kind:  # two would act in the same layers
-                    other.remove()
+            for other in step_checks.find_related(model, _live, kind):  # two would act in the same layers
+                install_drop(model, kind, 0.0, block, tokens=tokens, prefix=prefix, patches=patches)  # may raise
+                other.remove()
             self.installed = install_drop(model, kind, ratio, block, tokens=tokens, prefix=prefix, patches=patches)
         token = self.installed.mask_token
         if token is not None:  # it trains where anything does
@@ -209,7 +209,7 @@ class AugSub:
 
         Raises:
             ValueError: a criterion without a known target, a model in eval mode, or a mistake that
-                `common.step_checks` names. No gradient has been computed then.
+                `common.step_checks` names, before any gradient; a mask that can hide nothing, in the sub pass.
         """
         passes = self._start_step(model, x, y, criterion, sync, no_sync)
         return (self.weight * each.loss for each in passes)
@@ -229,7 +229,7 @@ class AugSub:
         first = not self._calls_checked
         main, *subs = self._start_step(model, x, y, criterion, sync, no_sync)
         if first and not step_checks.is_compiled(model):
-            self._watch = step_checks.refuse_calls_in_backward(self._acting)
+            self._watch = step_checks.refuse_calls_in_backward([*self._acting, *(s.module for s in self.switches)])
         loss = sum((self.weight * each.loss for each in subs), self.weight * main.loss)
         sub_loss = subs[0].loss.detach() if subs else None
         return StepResult(loss, main.loss.detach(), sub_loss, main.logits.detach())
@@ -276,8 +276,6 @@ class AugSub:
     ) -> Iterator[_Pass]:
         """Begin a step, where nothing has been computed yet."""
         self._refuse_open_step()
-        for handle in self._watch:
-            handle.remove()
         soft = self.check_step(model, criterion)
         if no_sync is None:  # a DDP with a static graph has to reduce in its first backward
             no_sync = nullcontext if getattr(model, "static_graph", False) else getattr(model, "no_sync", nullcontext)
@@ -319,6 +317,8 @@ class AugSub:
     def _close_step(self) -> bool:
         """Turn the model back from the sub-model where a step has not ended → whether one had not."""
         passes, self._open_step = self._open_step, None
+        for handle in self._watch:
+            handle.remove()
         if passes is not None:
             passes.close()
         return passes is not None

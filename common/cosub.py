@@ -2,7 +2,7 @@
 
 Touvron, Cord, Oquab, Bojanowski, Verbeek and Jégou, "Co-training 2^L Submodels for Visual Recognition", arXiv
 2212.04884. A batch (x, y) goes through the model twice in one forward pass of twice the images; the outputs o and o'
-differ by their stochastic depth alone. With l the binary cross-entropy it costs
+differ by what each drops at random. With l the binary cross-entropy it costs
 
     1/4 [ l(o, y) + l(o', y) + l(o, stop_gradient(sigmoid(o'))) + l(o', stop_gradient(sigmoid(o))) ]
 
@@ -29,7 +29,7 @@ class CoSub:
         ValueError: the model has no stochastic depth at a rate above 0.
     """
 
-    kind, weight = "none", 1.0  # one loss a step
+    kind, weight = "none", 1.0  # as AugSub's: to a trainer it is a single pass with one loss
 
     def __init__(self, model: nn.Module):
         if not any(isinstance(module, DropPath) and module.drop_prob for module in model.modules()):

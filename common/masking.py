@@ -80,6 +80,8 @@ class BlockMask(Mask):
 
     def __init__(self, model: nn.Module, block: int = BLOCK):
         super().__init__()
+        if block < 1:
+            raise ValueError(f"block {block} is below 1; give the side of a hidden block in pixels")
         self.block = block
         self.uses_token_always = False  # a mask token is part of the main pass's graph too, with weight 0
         self.attach(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .drops import Switch
 
 WRAPPERS = {"DataParallel", "DistributedDataParallel"}
 SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
-AVERAGES = {"ModelEmaV2", "ModelEmaV3", "AveragedModel"}  # they pair parameters by their order, timm's first by name
+AVERAGES = {"ModelEmaV2", "ModelEmaV3", "AveragedModel"}  # timm's ModelEma is none of them: it pairs by name
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -46,10 +46,11 @@ def check_bare(model: nn.Module) -> None:
         raise ValueError("model: is sharded by FSDP already; make AugSub from the bare model, before FSDP shards it")
 
 
-def find_related(model: nn.Module, others: Iterable[Any]) -> list[Any]:
-    """List those of several AugSubs whose model contains this one, or is in it."""
+def find_related(model: nn.Module, others: Iterable[Any], kind: str) -> list[Any]:
+    """List those of several AugSubs that are of this kind and whose model contains this one, or is in it."""
     inside = set(model.modules())
-    return [other for other in list(others) if other.model in inside or model in set(other.model.modules())]
+    alike = [other for other in list(others) if other.kind == kind]
+    return [other for other in alike if other.model in inside or model in set(other.model.modules())]
 
 
 def is_compiled(model: Any) -> bool:
@@ -69,7 +70,10 @@ def check_not_compiled(acting: list[nn.Module]) -> None:
     Raises:
         ValueError: the model, a part of it or what contains it is compiled, with a layer of the drop inside.
     """
-    if _are_compiled(acting) and gc.collect() >= 0 and _are_compiled(acting):
+    if not _are_compiled(acting):
+        return
+    gc.collect()  # a compiled model that is gone is part of a cycle
+    if _are_compiled(acting):
         raise ValueError(
             "model: is compiled already and would go on without the drop; make AugSub before torch.compile, or delete "
             "the compiled model before AugSub"
@@ -77,7 +81,7 @@ def check_not_compiled(acting: list[nn.Module]) -> None:
 
 
 def _are_compiled(acting: list[nn.Module]) -> bool:
-    objects = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+    objects = [o for o in gc.get_objects() if issubclass(type(o), nn.Module) and "_modules" in vars(o)]
     compiled = [o for o in objects if vars(o).get("_compiled_call_impl") is not None or "_orig_mod" in o._modules]
     return any(not set(acting).isdisjoint(module.modules()) for module in compiled)
 
@@ -125,18 +129,25 @@ def calls_checked(model: nn.Module, switches: Iterable[Switch]) -> Iterator[None
         )
 
 
-def refuse_calls_in_backward(acting: list[nn.Module]) -> list[RemovableHandle]:
-    """Have layers of the drop raise a ValueError where they are called in a backward pass: activation checkpointing
-    recomputes the sub pass there, after its rates were restored."""
+class _RefuseInBackward:
+    """A forward pre-hook that a model may be pickled with."""
 
-    def refuse(*_: Any) -> None:
+    def __call__(self, *_: Any) -> None:
         if torch._C._current_graph_task_id() != -1:
             raise ValueError(
                 "step: activation checkpointing recomputes the sub-model without its drop; call backward() on each of "
                 "losses(), or turn checkpointing off"
             )
 
-    return [module.register_forward_pre_hook(refuse) for module in acting]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # does nothing, and loads without this package
+
+
+def refuse_calls_in_backward(layers: Iterable[Any]) -> list[RemovableHandle]:
+    """Have layers of the drop raise a ValueError where they are called in a backward pass: activation checkpointing
+    recomputes the sub pass there, after its rates were restored."""
+    modules = {layer for layer in layers if isinstance(layer, nn.Module)}
+    return [module.register_forward_pre_hook(_RefuseInBackward()) for module in modules]
 
 
 def check_mode(acting: list[nn.Module]) -> None:
@@ -189,7 +200,8 @@ def _averaged_before(bare: nn.Module, token_name: str, objects: list[Any]) -> bo
     values; where another model like that is alive, the average may be that one's.
     """
     names = [name for name, _ in bare.named_parameters() if name != token_name]
-    alike = [o for o in objects if type(o) is type(bare) and [name for name, _ in o.named_parameters()] == names]
+    alike = [o for o in objects if type(o) is type(bare) and "_modules" in vars(o)]
+    alike = [o for o in alike if [name for name, _ in o.named_parameters()] == names]
     averages = [o for o in objects if issubclass(type(o), nn.Module) and _class_names(o) & AVERAGES]
     averaged = {id(module) for average in averages for module in average.modules()}  # a wrapper's holds it deeper
     others = [model for model in alike if id(model) not in averaged]

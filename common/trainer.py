@@ -85,7 +85,7 @@ class Trainer:
 
     @property
     def passes(self) -> int:
-        """Forward passes of a step, each with a loss: the main model's and, with AugSub, its sub-model's."""
+        """Forward passes of a step, each with a loss: one, and with AugSub another of its sub-model."""
         return 1 if self.augsub.kind == "none" else 2
 
     @property

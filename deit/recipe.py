@@ -166,7 +166,9 @@ class DeiT(Recipe[DeiTArgs]):
         return CoSub(model) if args.cosub else super().create_augsub(model, args)
 
     def loss(self, args: DeiTArgs, mixed: bool) -> Callable[[Tensor, Tensor], Tensor]:
-        return super().loss(args.replace(bce_loss=True) if args.cosub else args, mixed)
+        if args.cosub and not args.bce_loss:  # binary cross-entropy all the same, of labels as they are
+            args = args.replace(bce_loss=True, bce_target_thresh=None)
+        return super().loss(args, mixed)
 
     def hub_architecture(self, args: DeiTArgs) -> tuple[str, dict[str, Any]] | None:
         from deit.models import hub_architecture

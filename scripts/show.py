@@ -38,7 +38,7 @@ def create_parser() -> Parser:
     add = parser.add_argument
     add("images", type=nonempty_path, nargs="*", metavar="IMAGE", help="files, folders or patterns")
     add("--data-path", type=nonempty_path, default=None, help="folder with val/<class>/… to take images from")
-    add("--count", type=positive_int, default=2, help="images to take from --data-path")
+    add("--count", type=positive_int, default=2, help="how many images to take from --data-path")
     add("--model", nargs="+", default=list(MODELS), metavar="NAME", help="timm models, whose masking is shown")
     add("--ratios", type=below_one, nargs="+", default=[0.25, 0.5, 0.75], help="drop probabilities p")
     add("--block", type=positive_int, default=32, help="side of a hidden block in pixels, as --augsub-block")
@@ -117,7 +117,7 @@ def read_images(args: argparse.Namespace) -> list[Image.Image]:
 
 
 def crop(image: Image.Image, size: int) -> Tensor:
-    """Resize and crop as evaluation does → (3, size, size) in [0, 1]."""
+    """Resize the shorter side and crop the centre → (3, size, size) in [0, 1]."""
     from torchvision.transforms import functional
 
     return functional.to_tensor(functional.center_crop(functional.resize(image, size, antialias=True), [size, size]))
@@ -136,9 +136,9 @@ def build(name: str, size: int) -> nn.Module:
 
     if not timm.is_model(name):
         raise ValueError(f"--model {name}: timm has no such model; {suggest_models(name)}")
-    cfg = timm.get_pretrained_cfg(name)
-    settings = {"img_size": size} if cfg is None or cfg.fixed_input_size else {}
     try:
+        cfg = timm.get_pretrained_cfg(name)
+        settings = {"img_size": size} if cfg is None or cfg.fixed_input_size else {}
         with torch.device("meta"):
             return timm.create_model(name, **settings)
     except (AssertionError, RuntimeError, TypeError) as error:
@@ -173,7 +173,10 @@ def hidden_pixels(view: Tensor, augsub: AugSub) -> tuple[Tensor, tuple[float, ..
     size = (view.shape[-2], view.shape[-1])
     if augsub.drop == PixelMask.name:
         return mask.draw_for(view[None])[0], tuple(model.pretrained_cfg["mean"])
-    patch = to_2tuple(model.patch_embed.patch_size)
+    embed: Any = getattr(model, "patch_embed", None)
+    if not hasattr(embed, "patch_size"):
+        raise ValueError(f"--model: the patches of a {type(model).__name__} are not in a grid that can be drawn")
+    patch = to_2tuple(getattr(getattr(embed, "proj", None), "stride", embed.patch_size))  # patches may overlap
     grid = (size[0] // patch[0], size[1] // patch[1])
     if augsub.drop == TokenMask.name:
         block = max(1, round(mask.block * grid[0] / size[0])), max(1, round(mask.block * grid[1] / size[1]))

@@ -285,6 +285,25 @@ def test_stochastic_depth_that_does_not_follow_its_rate_is_refused():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class BatchPath(nn.Module):
+    """Stochastic depth that drops a whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = 0.1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * float(torch.rand(()) >= self.p)
+
+
+class StochasticDepthOfBatch(BatchPath):
+    """By its name stochastic depth."""
+
+
+def test_stochastic_depth_of_a_whole_batch_is_used():
+    assert len(AugSub(nn.Sequential(Block(StochasticDepthOfBatch())), "droppath").switches) == 1
+
+
 class Mlp(nn.Module):
     """A block whose MLP has the name of a head."""
 

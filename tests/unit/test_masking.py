@@ -199,3 +199,9 @@ def test_masked_images_are_the_first_layers_own_copy_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         narrow = mask.hide(images)
     assert torch.equal(narrow, wide.bfloat16()) and (narrow == 0).any()
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "resnet18"])
+def test_a_block_has_a_side(name):
+    with pytest.raises(ValueError, match="block 0 is below 1; give the side of a hidden block in pixels"):
+        AugSub(timm.create_model(name), "masking", block=0)

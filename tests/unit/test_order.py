@@ -252,6 +252,35 @@ def test_a_second_augsub_of_a_kind_takes_the_firsts_place(kind):
         assert str(model) == str(build())
 
 
+def test_a_second_augsub_that_cannot_be_made_leaves_the_first():
+    model = vit()
+    augsub = make(model)
+    with pytest.raises(ValueError, match="tokens: the model has no module 'typo'"):
+        AugSub(model, "masking", 0.5, tokens="typo")
+    take_step(augsub, model)
+
+
+def test_after_step_a_model_can_be_pickled_and_removal_leaves_no_hook():
+    model = vit()
+    augsub = make(model)
+    augsub.step(model, images(), LABELS, F.cross_entropy).loss.backward()
+    hook = pickle.loads(pickle.dumps(model)).patch_drop._forward_pre_hooks
+    assert [function(None, None) for function in hook.values()] == [None]
+    augsub.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_module_that_is_being_made_is_no_obstacle():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            model = swin()
+            augsub = make(model)
+            take_step(augsub, model)
+            super().__init__()
+
+    Outer()
+
+
 def test_augsubs_of_two_kinds_go_side_by_side():
     model = vit()
     masking, droppath = make(model), make(model, "droppath")

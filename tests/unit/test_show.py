@@ -41,6 +41,12 @@ def test_the_published_number_of_patches_is_hidden(name, drop, shares):
     assert torch.equal(hide(image, model, 0.0, 32), image)
 
 
+def test_overlapping_patches_are_drawn_by_their_distance():
+    shown = hide(torch.ones(3, 224, 224), build("pvt_v2_b0", 224), 0.5, 32)
+    hidden = (shown[0] != 1).unfold(0, 32, 32).unfold(1, 32, 32).flatten(2).float().mean(2)
+    assert set(hidden.unique().tolist()) == {0.0, 1.0} and hidden.sum() == 25
+
+
 def test_the_picture_has_a_row_an_image_and_model():
     import io
 
@@ -74,6 +80,10 @@ def test_the_model_has_to_be_one_of_timms():
         ValueError, match="--model vit_tinny_patch16_224: timm has no such model; did you mean vit_tiny"
     ):
         build("vit_tinny_patch16_224", 224)
+    with pytest.raises(ValueError, match=r"--model resnet50\.nope: cannot be built for --input-size 224"):
+        build("resnet50.nope", 224)
+    with pytest.raises(ValueError, match="--model: the patches of a Hiera are not in a grid that can be drawn"):
+        hide(torch.rand(3, 224, 224), build("hiera_tiny_224", 224), 0.5, 32)
     with pytest.raises(ValueError, match="--model nest_tiny: cannot be built for --input-size 33"):
         build("nest_tiny", 33)
 
