@@ -128,7 +128,7 @@ class AugSub:
         self._watch: list[Any] = []  # hooks of the first `step` that notice activation checkpointing
         self._open_step: Generator[_Pass] | None = None  # the passes of a step that has begun and not ended
         try:
-            step_checks.check_not_compiled(self._acting)
+            step_checks.check_not_compiled(model, self._acting)
         except ValueError:
             self.remove()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -64,25 +65,27 @@ def _compiles_itself(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
-def check_not_compiled(acting: list[nn.Module]) -> None:
+def check_not_compiled(model: nn.Module, acting: list[nn.Module]) -> None:
     """Refuse a drop in layers that are compiled already: their graphs would go on without it.
 
     Raises:
         ValueError: the model, a part of it or what contains it is compiled, with a layer of the drop inside.
     """
-    if not _are_compiled(acting):
+    if not _are_compiled(model, acting):
         return
     gc.collect()  # a compiled model that is gone is part of a cycle
-    if _are_compiled(acting):
+    if _are_compiled(model, acting):
         raise ValueError(
             "model: is compiled already and would go on without the drop; make AugSub before torch.compile, or delete "
             "the compiled model before AugSub"
         )
 
 
-def _are_compiled(acting: list[nn.Module]) -> bool:
-    objects = [o for o in gc.get_objects() if issubclass(type(o), nn.Module) and "_modules" in vars(o)]
-    compiled = [o for o in objects if vars(o).get("_compiled_call_impl") is not None or "_orig_mod" in o._modules]
+def _are_compiled(model: nn.Module, acting: list[nn.Module]) -> bool:
+    compiled = [module for module in model.modules() if _compiles_itself(module)]
+    kind = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
+    if kind is not None:  # else nothing has been compiled in this process
+        compiled += [o for o in gc.get_referrers(kind) if type(o) is kind]  # instances refer to their class
     return any(not set(acting).isdisjoint(module.modules()) for module in compiled)
 
 
