@@ -343,7 +343,8 @@ def explain_worker_failure(loader: DataLoader | None, error: BaseException) -> s
 def explain_worker_death(loader: DataLoader) -> str:
     """How a worker ended, at which image, and what to do."""
     workers = loader.workers if isinstance(loader, WatchedLoader) else ()
-    connection.wait([worker.sentinel for worker in workers if worker.pid is not None], WORKER_EXIT_S)
+    with _child_signals_ignored():
+        connection.wait([worker.sentinel for worker in workers if worker.pid is not None], WORKER_EXIT_S)
     dead = {number: worker.exitcode for number, worker in enumerate(workers) if worker.exitcode}
     samples = loader.dataset.samples_in_flight(dead) if isinstance(loader.dataset, AugmentedDataset) else []
     where = f" while it read {' or '.join(samples)}" if samples else ""
@@ -355,6 +356,24 @@ def explain_worker_death(loader: DataLoader) -> str:
     advice = WORKER_DEATH_ADVICE.get(signal.Signals(-status), "; remove this file if it is damaged" if samples else "")
     name = signal.Signals(-status).name
     return f"a DataLoader worker was killed by {name}{where}{advice}; re-run the command to resume"
+
+
+@contextmanager
+def _child_signals_ignored() -> Iterator[None]:
+    """Keep PyTorch's handler of SIGCHLD from raising an error inside, for the worker whose death is known already."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    while True:
+        try:
+            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            break
+        except RuntimeError:  # the handler's own, of a signal that had come before
+            continue
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 def _lost_worker_socket(error: BaseException) -> bool:
