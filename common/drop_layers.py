@@ -29,11 +29,9 @@ def find_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     Not those of attention weights, positions, pooling or the head.
     """
     places: list[tuple[nn.Module, str]] = []
-    reached = {module for each in _timm_models(model) for module in each.modules()}
     for root, timm_names in _parts(model):
         places += _timm_dropouts(root) if timm_names else _other_dropouts(root)
-        reached.update(root.modules())
-    _check_no_dropout_outside(model, reached)
+    _check_no_dropout_outside(model)
     return places
 
 
@@ -51,6 +49,12 @@ def _timm_models(module: nn.Module) -> Iterator[nn.Module]:
     else:
         for child in module.children():
             yield from _timm_models(child)
+
+
+def _outside_of_timm(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules beside the models of timm in a model, by name; none where there are no models of timm."""
+    inside = {module for each in _timm_models(model) for module in each.modules()}
+    return {name: module for name, module in model.named_modules() if inside and module not in inside}
 
 
 def _timm_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -117,7 +121,6 @@ def check_rate_acts(layer: Any, name: str) -> None:
 def find_drop_paths(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Find where residual branches have their stochastic depth, or a placeholder for it: (block, attribute)."""
     places = []
-    reached = {module for each in _timm_models(model) for module in each.modules()}
     for root, timm_names in _parts(model):
         names = {} if timm_names else _drop_path_names_of_classes(root)
         in_root = [(block, name) for block in root.modules() for name in _drop_path_names(block, timm_names, names)]
@@ -126,8 +129,7 @@ def find_drop_paths(model: nn.Module) -> list[tuple[nn.Module, str]]:
             _check_every_block(root, "droppath", blocks)
             _check_every_class(root, blocks)
         places += in_root
-        reached.update(root.modules())
-    _check_none_outside(model, reached)
+    _check_none_outside(model)
     return places
 
 
@@ -165,15 +167,15 @@ def _drop_path_names(block: nn.Module, timm_names: bool, names_of_classes: dict[
     return names
 
 
-def _check_no_dropout_outside(model: nn.Module, reached: set[nn.Module]) -> None:
-    """Refuse dropout in blocks beside the models of timm that were looked through.
+def _check_no_dropout_outside(model: nn.Module) -> None:
+    """Refuse dropout in blocks beside the models of timm in a model.
 
     Raises:
         ValueError: names a layer.
     """
     names = dict(model.named_modules())
-    for name, module in names.items():
-        if not isinstance(module, nn.Dropout) or module in reached or _is_beside_blocks(name):
+    for name, module in _outside_of_timm(model).items():
+        if not isinstance(module, nn.Dropout) or _is_beside_blocks(name):
             continue
         parents = [names[name[: dot.start()]] for dot in re.finditer(r"\.", name)]
         in_list = (isinstance(outer, CONTAINERS) for outer in [model, *parents])
@@ -184,15 +186,15 @@ def _check_no_dropout_outside(model: nn.Module, reached: set[nn.Module]) -> None
             )
 
 
-def _check_none_outside(model: nn.Module, reached: set[nn.Module]) -> None:
-    """Refuse stochastic depth in modules beside the models of timm that were looked through.
+def _check_none_outside(model: nn.Module) -> None:
+    """Refuse stochastic depth in modules beside the models of timm in a model.
 
     Raises:
         ValueError: names a layer.
     """
-    for block in model.modules():
+    for block in _outside_of_timm(model).values():
         for name, layer in block._modules.items():
-            if block not in reached and foreign.drop_path_rate(layer) is not None:
+            if foreign.drop_path_rate(layer) is not None:
                 raise ValueError(
                     f"--augsub droppath: {type(block).__name__}.{name} is outside of the model of timm, so not every "
                     "block can be reached; use masking"

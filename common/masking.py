@@ -98,6 +98,10 @@ class BlockMask(Mask):
         """Have a mask token in the graph of the main pass too, with weight 0."""
         self.uses_token_always = True
 
+    def block_in(self, grid: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+        """Return height and width of a block in cells of the grid of an image of this size in pixels."""
+        return max(1, round(self.block * grid[0] / size[0])), max(1, round(self.block * grid[1] / size[1]))
+
     def draw(self, batch: int, grid: tuple[int, int], block: tuple[int, int], device: torch.device) -> Tensor:
         """Draw what to hide, as `block_mask`.
 
@@ -196,8 +200,7 @@ class TokenMask(BlockMask):
             grid = rows, tokens.shape[1] // rows
         else:
             grid = (tokens.shape[2], tokens.shape[3]) if channels_first else (tokens.shape[1], tokens.shape[2])
-        block = max(1, round(self.block * grid[0] / height)), max(1, round(self.block * grid[1] / width))
-        mask = self.draw(len(tokens), grid, block, tokens.device)
+        mask = self.draw(len(tokens), grid, self.block_in(grid, (height, width)), tokens.device)
         if tokens.ndim == 3:
             return torch.where(mask.flatten(1)[..., None], token, tokens)
         if channels_first:

@@ -6,7 +6,7 @@ import gc
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .drops import Switch
+from .masking import Mask
 
 WRAPPERS = {"DataParallel", "DistributedDataParallel"}
 SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
@@ -142,8 +143,7 @@ class _RefuseInBackward:
                 "losses(), or turn checkpointing off"
             )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")  # does nothing, and loads without this package
+    __reduce__ = Mask.__reduce__  # of a hook that does nothing
 
 
 def refuse_calls_in_backward(layers: Iterable[Any]) -> list[RemovableHandle]:

@@ -179,8 +179,8 @@ def hidden_pixels(view: Tensor, augsub: AugSub) -> tuple[Tensor, tuple[float, ..
     patch = to_2tuple(getattr(getattr(embed, "proj", None), "stride", embed.patch_size))  # patches may overlap
     grid = (size[0] // patch[0], size[1] // patch[1])
     if augsub.drop == TokenMask.name:
-        block = max(1, round(mask.block * grid[0] / size[0])), max(1, round(mask.block * grid[1] / size[1]))
-        return enlarge(mask.draw(1, grid, block, None)[0], patch, size), tuple(level / 255 for level in GREY)
+        hidden = mask.draw(1, grid, mask.block_in(grid, size), view.device)[0]
+        return enlarge(hidden, patch, size), tuple(level / 255 for level in GREY)
     tokens = torch.arange(grid[0] * grid[1]).view(1, -1, 1)
     kept = PatchDropout(augsub.ratio, num_prefix_tokens=0)(tokens).flatten()
     return enlarge(~torch.isin(tokens.view(grid), kept), patch, size), tuple(level / 255 for level in WHITE)

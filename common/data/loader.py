@@ -361,19 +361,23 @@ def explain_worker_death(loader: DataLoader) -> str:
 @contextmanager
 def _child_signals_ignored() -> Iterator[None]:
     """Keep PyTorch's handler of SIGCHLD from raising an error inside, for the worker whose death is known already."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    while True:
-        try:
-            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            break
-        except RuntimeError:  # the handler's own, of a signal that had come before
-            continue
+    handler = _take_child_handler_away()
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+
+
+def _take_child_handler_away() -> Any:
+    """Take PyTorch's handler of SIGCHLD away → the handler; None in other threads, which cannot set one."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    while True:
+        try:
+            return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        except RuntimeError:  # the handler's own, of a signal that had come before
+            continue
 
 
 def _lost_worker_socket(error: BaseException) -> bool:
@@ -387,7 +391,6 @@ def _lost_worker_socket(error: BaseException) -> bool:
 
 def kill_workers() -> None:
     """Kill the workers, also those that hang."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error for each
+    _take_child_handler_away()  # it would raise an error for each
     for child in multiprocessing.active_children():
         child.kill()
