@@ -21,7 +21,7 @@ from tests.commands import ROOT
 from tests.unit.test_imports import absolute_origin
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("[!.]*/README.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(\w+=\S+ )*(python|torchrun|bash|sbatch|make) ")
 FOLDERS = ("common", "scripts", "tests", *(name.partition("/")[0] for name in ENTRY_POINTS.values()))
